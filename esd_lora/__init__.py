@@ -1,0 +1,57 @@
+"""esd_lora: erase concepts from text-to-image diffusion models with small, stackable LoRA patches.
+
+The public names are imported when they are first used, so that `import esd_lora` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esd_lora.bases import Base, load_base
+    from esd_lora.compose import attach
+    from esd_lora.errors import EsdLoraError
+    from esd_lora.patch import Patch, load_patch
+    from esd_lora.pictures import generate
+    from esd_lora.recipe import Concept, Recipe, load_recipe
+    from esd_lora.training import train
+
+__version__ = "0.1.0"
+__all__ = [
+    "Base",
+    "Concept",
+    "EsdLoraError",
+    "Patch",
+    "Recipe",
+    "attach",
+    "generate",
+    "load_base",
+    "load_patch",
+    "load_recipe",
+    "train",
+]
+
+_HOMES = {
+    "Base": "bases",
+    "Concept": "recipe",
+    "EsdLoraError": "errors",
+    "Patch": "patch",
+    "Recipe": "recipe",
+    "attach": "compose",
+    "generate": "pictures",
+    "load_base": "bases",
+    "load_patch": "patch",
+    "load_recipe": "recipe",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported from its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    value = getattr(home, name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,131 @@
+"""Base models: `load_base` finds a pipeline, loads it and gives it its family's contract."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esd_lora.bases.base import Base, Condition, fingerprint_of
+from esd_lora.bases.stable_diffusion import StableDiffusionBase
+from esd_lora.errors import BaseModelError
+from esd_lora.recipe import DType
+
+__all__ = ["Base", "Condition", "load_base", "pick_device"]
+
+FAMILIES: dict[str, type[Base]] = {"StableDiffusionPipeline": StableDiffusionBase}
+"""Pipeline class, as `model_index.json` names it → contract."""
+
+DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+EMOJI = Path(__file__).parent.parent / "emoji" / "base"
+"""The embedded base."""
+
+
+def load_base(name: str, *, revision: str | None = None, device: str | None = None, dtype: DType = "fp32") -> Base:
+    """A base model, frozen, on its device.
+
+    Args:
+        name: `emoji`, a folder with a diffusers pipeline, or a Hub id.
+        revision: Branch, tag or commit on the Hub.
+        device: Such as `cuda:1`; by default the first of cuda, mps, cpu that is there.
+        dtype: Precision of the weights.
+
+    Raises:
+        BaseModelError: Nothing there, not a text-to-image pipeline of a known family, or no such device.
+    """
+    where = pick_device(device)
+    source = str(EMOJI) if name == "emoji" else name
+    index = model_index(name, source, revision)
+    kind = index.get("_class_name")
+    if kind not in FAMILIES:
+        raise BaseModelError(f"{name}: {kind or 'no pipeline class'} is not supported; supported: {', '.join(FAMILIES)}")
+    import diffusers
+
+    extra: dict[str, Any] = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
+    # bfloat16 loses the bits that the fingerprint is made of, so it is cast afterwards
+    first = torch.float32 if dtype == "bf16" else DTYPES[dtype]
+    try:
+        pipe = getattr(diffusers, kind).from_pretrained(source, revision=revision, dtype=first, **extra)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{name}: cannot load the pipeline: {first_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    fingerprint = fingerprint_of(getattr(pipe, FAMILIES[kind].prefix))
+    pipe.to(where, DTYPES[dtype])
+    return FAMILIES[kind](pipe, name=name, revision=revision, fingerprint=fingerprint)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or the first of cuda, mps and cpu that is there.
+
+    Raises:
+        BaseModelError: The name is unknown, or there is no such device.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = [k for k, yes in there.items() if yes]
+    if name is None:
+        return torch.device(have[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BaseModelError(f"unknown device {name}; this machine has {', '.join(have)}") from None
+    beyond = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if device.type not in have or beyond:
+        raise BaseModelError(f"no device {name} here; this machine has {', '.join(have)}")
+    return device
+
+
+def model_index(name: str, source: str, revision: str | None) -> dict[str, Any]:
+    """The pipeline's `model_index.json`, from a folder or the Hub.
+
+    Raises:
+        BaseModelError: There is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / "model_index.json"
+        if not path.is_file():
+            raise BaseModelError(f"{name}: no model_index.json in this folder, so it is not a diffusers pipeline")
+    elif folder.is_file():
+        raise BaseModelError(f"{name}: is a file; give a folder with a diffusers pipeline, or a Hub id")
+    else:
+        path = from_hub(name, "model_index.json", revision)
+    try:
+        index: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise BaseModelError(f"{name}: model_index.json is not JSON: {first_line(error)}") from error
+    return index
+
+
+def from_hub(name: str, file: str, revision: str | None) -> Path:
+    """The downloaded copy of one file of a Hub id.
+
+    Raises:
+        BaseModelError: It cannot be had; what to do about it.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    wrong = f"{name}: neither `emoji`, nor a folder, nor a Hub id"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise BaseModelError(wrong)
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except errors.HFValidationError:
+        raise BaseModelError(wrong) from None
+    except errors.GatedRepoError:
+        raise BaseModelError(f"{name}: accept its terms on the Hub and log in with `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise BaseModelError(f"{name}: the Hub has no revision {revision} of it") from None
+    except errors.RepositoryNotFoundError:
+        raise BaseModelError(f"{name}: no such folder, and no such model on the Hub (or it is private)") from None
+    except errors.EntryNotFoundError:
+        raise BaseModelError(f"{name}: no such folder, and {file} is not in the model on the Hub, or not in the cache while offline") from None
+    except OSError as error:
+        raise BaseModelError(f"{name}: no such folder, and the Hub cannot be reached: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, shortened."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

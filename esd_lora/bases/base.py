@@ -1,0 +1,214 @@
+"""`Base`: a diffusers text-to-image pipeline behind one small contract, so that nothing else asks which family it is.
+
+    encode(prompts) → Condition          what the denoiser is conditioned on
+    predict(x, t, condition) → Tensor    its output (ε, v or flow: the objective is affine, so it serves all three)
+    initial_latents(n) → x_T             noise at the scheduler's own scale
+    teacher()                            the same network with the adapters off, bit for bit the frozen model
+
+A family is one file: a subclass that says how prompts are encoded, how the denoiser is called, and which layers a
+preset names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from esd_lora.errors import BaseModelError, PatchError, RecipeError
+from esd_lora.recipe import Layers
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoiser is conditioned on: tensors by name, each with the prompts along the first dimension."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, rows: Tensor | slice) -> Condition:
+        """The condition of some of the prompts, by index or slice."""
+        return Condition({k: v[rows] for k, v in self.tensors.items()})
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(next(iter(self.tensors.values())))
+
+    def expand(self, n: int) -> Condition:
+        """One prompt's condition for a batch of n."""
+        return Condition({k: v.expand(n, *v.shape[1:]) for k, v in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Condition]) -> Condition:
+        """Several conditions in one batch."""
+        return Condition({k: torch.cat([p.tensors[k] for p in parts]) for k in parts[0].tensors})
+
+
+class Base(ABC):
+    """A pipeline with everything frozen, and the adapters that are put on its denoiser.
+
+    Args:
+        pipe: The pipeline, on its device and in its dtype.
+        name: What the user called it: `emoji`, a folder or a Hub id.
+        revision: Commit on the Hub, where there is one.
+        fingerprint: See `fingerprint_of`.
+    """
+
+    family: ClassVar[str]
+    layers: ClassVar[Mapping[Layers, str]]
+    """Preset → regular expression over module names of the denoiser (full match)."""
+    prefix: ClassVar[str]
+    """What diffusers' LoRA files put before the denoiser's module names."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, *, name: str, revision: str | None = None, fingerprint: str | None = None
+    ) -> None:
+        self.pipe: Any = pipe
+        self.name = name
+        self.revision = revision
+        self.fingerprint = fingerprint or fingerprint_of(self.denoiser)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False)
+                part.eval()
+
+    # ---- what a family says -------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """The network that the adapters go on."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """The condition of each prompt, on the base's device."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's output at scaled inputs x (B, C, H, W) and timesteps t (B,), same shape as x."""
+
+    @abstractmethod
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of a picture's latents; resolution in pixels, None for the base's own."""
+
+    @abstractmethod
+    def free_encoders(self) -> None:
+        """Let go of what only encoding and decoding need, to make room for training."""
+
+    # ---- what all families share --------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the frozen weights."""
+        return next(p.dtype for n, p in self.denoiser.named_parameters() if "lora_" not in n)
+
+    @property
+    def scheduler(self) -> Any:
+        """A fresh copy of the pipeline's scheduler: using it changes nothing in the pipeline."""
+        return type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+
+    def matched(self, layers: Layers) -> list[str]:
+        """Names of the denoiser's modules that a preset adapts.
+
+        Raises:
+            BaseModelError: The base has no such layers; the message lists the attention layers that it has.
+        """
+        pattern = re.compile(self.layers[layers])
+        names = [n.replace(".base_layer", "") for n, m in self.denoiser.named_modules() if isinstance(m, nn.Linear)]
+        found = [n for n in dict.fromkeys(names) if pattern.fullmatch(n)]
+        if not found:
+            near = [n for n in names if "attn" in n][:6]
+            have = f"it has {', '.join(near)} …" if near else "it has no attention layers at all"
+            raise BaseModelError(f"{self.name}: layers {layers} match nothing in the denoiser; {have}")
+        return found
+
+    def add_adapter(self, *, layers: Layers, rank: int, name: str = "patch") -> None:
+        """Put untrained adapters on a preset's layers, in float32; lora_B is zero, so nothing changes yet.
+
+        Raises:
+            BaseModelError: The preset matches nothing.
+            RecipeError: The rank is above what a layer can use.
+        """
+        modules = dict(self.denoiser.named_modules())
+        limit, where = min((min(modules[n].weight.shape), n) for n in self.matched(layers))
+        if rank > limit:
+            raise RecipeError(f"rank: must be at most {limit}, the size of {where}, got {rank}")
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=self.layers[layers], init_lora_weights="gaussian")
+        self.denoiser.add_adapter(config, adapter_name=name)
+        cast_training_params(self.denoiser, torch.float32)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors, in the order of the modules."""
+        return [p for p in self.denoiser.parameters() if p.requires_grad]
+
+    def adapter_state(self, name: str = "patch") -> dict[str, Tensor]:
+        """The adapter's tensors by diffusers' file names, detached copies on the CPU."""
+        state = get_peft_model_state_dict(self.denoiser, adapter_name=name)
+        return {f"{self.prefix}.{k}": v.detach().to("cpu", copy=True) for k, v in sorted(state.items())}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor], name: str = "patch") -> None:
+        """Give the adapter these tensors, named as `adapter_state` names them.
+
+        Raises:
+            PatchError: A name is unknown.
+        """
+        plain = {k.removeprefix(f"{self.prefix}."): v for k, v in state.items()}
+        result = set_peft_model_state_dict(self.denoiser, plain, adapter_name=name)
+        if result.unexpected_keys:
+            raise PatchError(f"{self.name} has no layer for {result.unexpected_keys[0]}")
+
+    def remove_adapters(self) -> None:
+        """Take all adapters off; the denoiser is as it was loaded."""
+        self.denoiser.unload_lora()
+
+    @contextmanager
+    def teacher(self) -> Iterator[None]:
+        """Inside, the denoiser is the frozen model, bit for bit, without gradients; afterwards as before."""
+        layers = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+        before = [m.disable_adapters for m in layers]
+        trainable = [(p, p.requires_grad) for m in layers for p in m.parameters()]
+        try:
+            for m in layers:
+                m.enable_adapters(False)
+            with torch.no_grad():
+                yield
+        finally:
+            for m, off in zip(layers, before, strict=True):
+                m.enable_adapters(not off)
+            for p, requires in trainable:
+                p.requires_grad_(requires)
+
+    def initial_latents(self, seeds: Sequence[int], *, resolution: int | None = None) -> Tensor:
+        """x_T (len(seeds), C, H, W): unit noise from one CPU generator per seed, whatever the device.
+
+        The pipeline and the trajectories multiply it by the scheduler's `init_noise_sigma`.
+        """
+        shape = self.latent_shape(resolution)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(noise).to(self.device, self.dtype)
+
+
+def fingerprint_of(denoiser: nn.Module) -> str:
+    """SHA-256 over the attention weights of a denoiser, rounded to float16: equal for float32 and float16 copies."""
+    digest = hashlib.sha256()
+    for name, weight in denoiser.named_parameters():
+        if "attn" in name and "lora_" not in name:
+            digest.update(name.replace(".base_layer", "").encode())
+            digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,399 @@
+"""The command line: each command parses, calls one library function, and prints.
+
+Data goes to stdout, progress and hints to stderr. Heavy imports happen inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import esd_lora
+from esd_lora.errors import EsdLoraError, OutputError, PatchError, RecipeError
+
+if TYPE_CHECKING:
+    from esd_lora.patch import Patch
+    from esd_lora.recipe import Recipe
+
+app = typer.Typer(
+    name="esd-lora",
+    help="Erase concepts from text-to-image diffusion models with small, stackable LoRA patches.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+stderr = Console(stderr=True, highlight=False)
+
+BaseName = Annotated[str | None, typer.Option("--base", help="emoji, a folder with a diffusers pipeline, or a Hub id.")]
+DeviceName = Annotated[str | None, typer.Option(help="Default: the first of cuda, mps, cpu that is there.")]
+DTypeName = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the base.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no hints.")]
+Patches = Annotated[
+    list[str] | None, typer.Option("--patch", help="A patch's folder or file, with an optional weight, as in P:0.5.")
+]
+RecipeFile = Annotated[str | None, typer.Argument(help="A recipe: a YAML file, or the name of a shipped one.")]
+Erase = Annotated[list[str] | None, typer.Option(help="A concept to erase, in words; repeat for several.")]
+From = Annotated[str | None, typer.Option("--from", help="Erase the concept from this prompt only.")]
+ReplaceWith = Annotated[str | None, typer.Option(help="Draw this instead of the concept.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of a recipe.")]
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"esd_lora {esd_lora.__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: RecipeFile = None,
+    base: BaseName = None,
+    erase: Erase = None,
+    from_: From = None,
+    replace_with: ReplaceWith = None,
+    overrides: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the patch. Default: runs/ and the concept.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    device: DeviceName = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an erasure patch: from a recipe, or with --base and --erase.
+
+    Leaves the patch, the resolved recipe, the loss (CSV and PNG) and a before/after grid in the output folder.
+    """
+    wanted = _recipe(recipe, base=base, erase=erase, from_=from_, replace_with=replace_with, overrides=overrides)
+    if seed is not None:
+        wanted = wanted.model_copy(update={"seed": seed})
+    folder = out or Path("runs") / "-".join("-".join(c.erase.split()) for c in wanted.concepts)
+    from esd_lora.bases import load_base
+    from esd_lora.report import draw_loss, draw_run
+    from esd_lora.training import train
+
+    _quiet_libraries()
+    model = load_base(wanted.base, revision=wanted.revision, device=device, dtype=wanted.dtype)
+    with _progress("train", wanted.steps, quiet=quiet) as step:
+
+        def sample(n: int) -> None:
+            draw_run(model, wanted, folder / f"sample-{n:05d}.png")
+
+        patch = train(wanted, model, out=folder, resume=resume, on_step=step, on_sample=sample)
+    draw_loss(folder)
+    draw_run(model, wanted, folder / "grid.png", patch=patch)
+    info = {"patch": str(folder), **_facts(patch)}
+    _print(info, as_json=as_json)
+    _hint(f"esd-lora generate --base {wanted.base} --patch {folder} --prompt '{wanted.concepts[0].prompt}'", quiet=quiet)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several.")],
+    base: Annotated[str, typer.Option(help="emoji, a folder with a diffusers pipeline, or a Hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    patch: Patches = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the next ones count up.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance.")] = 3.0,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
+    device: DeviceName = None,
+    dtype: DTypeName = "fp32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make pictures with a base and any patches: the same seeds give the same noise with and without."""
+    if not all(p.strip() for p in prompt):
+        raise RecipeError("--prompt: must not be empty")
+    loaded = [_patch(p) for p in patch or []]
+    from esd_lora import pictures
+    from esd_lora.bases import load_base
+    from esd_lora.compose import attach
+
+    _quiet_libraries()
+    model = load_base(base, device=device, dtype=dtype)
+    attach(model, [p for p, _ in loaded], [w for _, w in loaded])
+    prompts = [p for p in prompt for _ in range(n)]
+    seeds = [seed + k for _ in prompt for k in range(n)]
+    with _progress("generate", len(prompts), quiet=quiet) as step:
+        done = 0
+
+        def batch(count: int) -> None:
+            nonlocal done
+            step(done := done + count, None)
+
+        made = pictures.generate(
+            model,
+            prompts,
+            seeds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            resolution=resolution,
+            batch_size=batch_size,
+            on_batch=batch,
+        )
+    rows = []
+    for k, (picture, text, number) in enumerate(zip(made, prompts, seeds, strict=True)):
+        path = out / f"{k:04d}.png"
+        pictures.save_picture(picture, path)
+        rows.append({"file": str(path), "prompt": text, "seed": number})
+    side = [(text, made[i * n : (i + 1) * n]) for i, text in enumerate(prompt)]
+    pictures.save_picture(pictures.grid(side), out / "grid.png")
+    _print({"pictures": rows, "grid": str(out / "grid.png")}, as_json=as_json)
+
+
+@app.command()
+def show(patch: Annotated[str, typer.Argument(help="A patch's folder or file.")], as_json: Json = False) -> None:
+    """Print what a patch is: concepts, base, layers, rank, cost and scores."""
+    loaded, _ = _patch(patch)
+    _print({"patch": patch, **(dict(loaded.info) if as_json else {}), **_facts(loaded)}, as_json=as_json)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile = None,
+    base: BaseName = None,
+    erase: Erase = None,
+    from_: From = None,
+    replace_with: ReplaceWith = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a recipe would do, before anything heavy is loaded: layers, size, forward passes, memory."""
+    concepts = erase or ([] if recipe else ["the concept"])
+    wanted = _recipe(recipe, base=base, erase=concepts, from_=from_, replace_with=replace_with, overrides=overrides)
+    _quiet_libraries()
+    from esd_lora.plan import make_plan
+
+    _print(make_plan(wanted).to_dict(), as_json=as_json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None, as_json: Json = False
+) -> None:
+    """List the shipped recipes, or print one."""
+    from esd_lora.recipe import read_recipe
+
+    if name:
+        path = _shipped(name)
+        if as_json:
+            _print(read_recipe(path), as_json=True)
+        else:
+            print(path.read_text(encoding="utf-8"), end="")  # noqa: T201
+        return
+    found = {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in sorted(RECIPES.rglob("*.yaml"))}
+    heads = {k: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for k, p in found.items()}
+    _print(heads, as_json=as_json)
+
+
+@app.command("eval")
+def evaluate(
+    base: Annotated[str, typer.Option(help="emoji: the evaluators know its objects and styles.")],
+    patch: Annotated[list[str], typer.Option("--patch", help="A patch's folder; repeat for several.")],
+    target_seeds: Annotated[int, typer.Option(min=1, help="Pictures of each cell of the erased concept.")] = 10,
+    kept_seeds: Annotated[int, typer.Option(min=1, help="Pictures of every other cell.")] = 1,
+    device: DeviceName = None,
+    dtype: DTypeName = "bf16",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure patches on the embedded base: erased, kept, worst neighbours; writes scores and a grid into each folder."""
+    from esd_lora.bases import load_base
+    from esd_lora.report import measure_patches, score_table
+
+    if base != "emoji":
+        raise RecipeError(f"--base {base}: only emoji comes with evaluators so far")
+    loaded = {p: _patch(p)[0] for p in patch}
+    _quiet_libraries()
+    model = load_base(base, device=device, dtype=dtype)
+    with _progress("evaluate", None, quiet=quiet) as step:
+        scores = measure_patches(
+            model, loaded, target_seeds=target_seeds, kept_seeds=kept_seeds, on_picture=lambda n, of: step(n, None, of)
+        )
+    if as_json:
+        _print({p: [s.to_dict() for s in found] for p, found in scores.items()}, as_json=True)
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(score_table(scores))
+
+
+RECIPES = Path(esd_lora.__file__).parent / "recipes"
+"""The shipped recipes."""
+
+
+def _shipped(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one.
+
+    Raises:
+        RecipeError: There is neither.
+    """
+    path, shipped = Path(name), RECIPES / f"{name}.yaml"
+    if path.exists() or path.suffix in (".yaml", ".yml"):
+        return path
+    if shipped.is_file():
+        return shipped
+    raise RecipeError(f"{name}: no such file and no shipped recipe; `esd-lora recipes` lists them")
+
+
+def _recipe(
+    recipe: str | None,
+    *,
+    base: str | None,
+    erase: list[str] | None,
+    from_: str | None,
+    replace_with: str | None,
+    overrides: list[str] | None,
+) -> Recipe:
+    """The recipe of a file and options; options win.
+
+    Raises:
+        RecipeError: Something is missing or wrong; all problems at once.
+    """
+    from esd_lora.recipe import make_recipe, parse_overrides, read_recipe
+
+    if recipe is None and not (base and erase):
+        raise RecipeError("name a recipe, or --base and --erase; `esd-lora recipes` lists the shipped recipes")
+    if (from_ is not None or replace_with is not None) and not erase:
+        raise RecipeError("--from and --replace-with belong to an --erase")
+    values: dict[str, Any] = read_recipe(_shipped(recipe)) if recipe else {}
+    if base is not None:
+        values["base"] = base
+    if erase:
+        values["concepts"] = [{"erase": e, "from": from_, "replace_with": replace_with} for e in erase]
+    values |= parse_overrides(overrides or [])
+    return make_recipe(values, source=recipe or "options")
+
+
+def _patch(text: str) -> tuple[Patch, float]:
+    """A patch and its weight, from `path` or `path:weight`.
+
+    Raises:
+        PatchError: There is no patch, or the weight is not a number.
+    """
+    from esd_lora.patch import load_patch
+
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return load_patch(text), 1.0
+    try:
+        return load_patch(path), float(weight)
+    except ValueError:
+        raise PatchError(f"{text}: the weight after the colon must be a number, got {weight!r}") from None
+
+
+def _facts(patch: Patch) -> dict[str, Any]:
+    """What a person wants to know of a patch."""
+    recipe, ranks = patch.info.get("recipe", {}), patch.ranks
+    concepts = [
+        c["erase"]
+        + (f" from {c['from']}" if c.get("from") else "")
+        + (f", replaced with {c['replace_with']}" if c.get("replace_with") else "")
+        for c in recipe.get("concepts", [])
+    ]
+    return {
+        "erases": concepts,
+        "base": patch.info.get("base", {}).get("name"),
+        "layers": recipe.get("layers"),
+        "modules": len(ranks),
+        "rank": sorted(set(ranks.values())),
+        "parameters": sum(t.numel() for t in patch.tensors.values()),
+        "megabytes": round(sum(t.numel() * t.element_size() for t in patch.tensors.values()) / 1e6, 3),
+        "forward_passes": patch.info.get("cost", {}).get("forward_passes"),
+        "loss": patch.info.get("loss"),
+        "scores": patch.info.get("scores"),
+    }
+
+
+def _print(data: Mapping[str, Any], *, as_json: bool) -> None:
+    """Data on stdout: JSON, or a table of names and values."""
+    if as_json:
+        print(json.dumps(data, indent=2, ensure_ascii=False))  # noqa: T201
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _flat(data):
+        table.add_row(name, value)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values as text, nested mappings with dotted names, without what is absent."""
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            plain = [v.get("file", str(v)) if isinstance(v, Mapping) else str(v) for v in value]
+            if plain:
+                yield prefix + name, ", ".join(plain)
+        elif value is not None:
+            yield prefix + name, f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _progress(label: str, total: int | None, *, quiet: bool) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr; gives a function (done, loss, total) that moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, disable=quiet or not stderr.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+
+        def move(done: int, loss: float | None = None, of: int | None = None) -> None:
+            bar.update(task, completed=done, total=of if of is not None else total)
+            if loss is not None:
+                bar.update(task, description=f"{label} loss {loss:.4g}")
+
+        yield move
+
+
+def _hint(command: str, *, quiet: bool) -> None:
+    """What to do next, on stderr."""
+    if not quiet and stderr.is_terminal:
+        stderr.print(f"next: {command}", style="dim")
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and notices off the screen."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Run the command line; our own errors become one line and an exit code."""
+
+    def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning):
+            stderr.print(f"warning: {message}", markup=False)
+
+    warnings.showwarning = show_warning
+    try:
+        app()
+    except EsdLoraError as error:
+        stderr.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        stderr.print("interrupted; --resume goes on from the last checkpoint", markup=False)
+        sys.exit(130)
+    except OSError as error:
+        stderr.print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), markup=False)
+        sys.exit(OutputError.exit_code)

@@ -1,0 +1,44 @@
+"""Everything that can go wrong, as a tree. A message is one or a few lines: what is wrong, where, what would be right.
+
+    EsdLoraError              exit code 1: a failure
+    ├── TrainingError         the run itself broke (a loss that is not a number)
+    └── UserError             exit code 2: something that the user can put right
+        ├── RecipeError       a recipe, or an option that overrides it
+        ├── BaseModelError    the base model: not found, not a pipeline, a device or precision that is not there
+        ├── PatchError        a patch file, or a patch that does not fit its base
+        └── OutputError       a folder or file that cannot be written
+"""
+
+from __future__ import annotations
+
+
+class EsdLoraError(Exception):
+    """Root of the package's exceptions; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class TrainingError(EsdLoraError):
+    """A training run that cannot go on."""
+
+
+class UserError(EsdLoraError):
+    """A mistake of the user's, with its remedy in the message."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe that does not say what to do."""
+
+
+class BaseModelError(UserError):
+    """A base model that cannot be loaded or adapted."""
+
+
+class PatchError(UserError):
+    """A patch file that is broken, or does not fit."""
+
+
+class OutputError(UserError):
+    """A place that cannot be written to."""

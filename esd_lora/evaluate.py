@@ -1,0 +1,215 @@
+"""Scores of patches on the embedded base: what was erased, what was kept, beside the base's own rates.
+
+    UA    share of target pictures in which the evaluator does not find the erased concept
+    IRA   share of the other concepts of the same kind that it still finds
+    CRA   share of the concepts of the other kind that it still finds, over all pictures
+
+as UnlearnCanvas defines them (Zhang et al. 2024, arXiv:2402.11846). Every rate comes with its n and 95 % Wilson interval,
+and with the base's own rate on the same prompts and the same noise; `retained` is patched over base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from PIL import Image
+
+from esd_lora.bases.base import Base
+from esd_lora.compose import attach
+from esd_lora.emoji.evaluators import Evaluator, Judgement
+from esd_lora.emoji.vocabulary import ACCESSORY, OBJECTS, STYLES, prompt
+from esd_lora.errors import RecipeError
+from esd_lora.patch import Patch
+from esd_lora.pictures import Pictures, generate
+
+FIRST_SEED = 10_000
+"""Seeds of the answer sets start here; training noise is seeded by 62-bit numbers."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of an answer set."""
+
+    obj: str
+    style: str
+    seed: int
+    hat: bool = False
+
+    @property
+    def prompt(self) -> str:
+        """What the base is asked for."""
+        return prompt(self.obj, self.style, accessory=self.hat)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of n pictures with its 95 % Wilson interval, and the base's share where it was measured."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+    base: float | None = None
+
+    @property
+    def retained(self) -> float | None:
+        """The patched rate over the base's own."""
+        return self.value / self.base if self.base else None
+
+    def __str__(self) -> str:
+        """Such as `97.5 % [94.3, 98.9] of 200 (base 98.0 %)`."""
+        beside = "" if self.base is None else f" (base {100 * self.base:.1f} %)"
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] of {self.n}{beside}"
+
+
+def rate(hits: Sequence[bool], base_hits: Sequence[bool] | None = None) -> Rate:
+    """The share of hits with its 95 % Wilson score interval (Wilson 1927).
+
+    Raises:
+        ValueError: There are no pictures.
+    """
+    n, z = len(hits), 1.959964
+    if not n:
+        raise ValueError("a rate of no pictures")
+    p = sum(hits) / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    base = sum(base_hits) / n if base_hits is not None else None
+    return Rate(p, n, max(0.0, centre - half), min(1.0, centre + half), base)
+
+
+def answer_set(target: str, *, target_seeds: int = 10, kept_seeds: int = 1) -> list[Cell]:
+    """The pictures that an erasure is judged by: every object in every style, the target's cells more often.
+
+    A cell's seeds follow from the cell alone, not from the order or the target.
+
+    Args:
+        target: The erased object or style, or the accessory (then its wearers with and without it are the set).
+        target_seeds: Pictures of each of the target's cells.
+        kept_seeds: Pictures of every other cell.
+
+    Raises:
+        RecipeError: The base does not know the target.
+    """
+    if target not in (*OBJECTS, *STYLES, ACCESSORY):
+        known = ", ".join((*OBJECTS, *STYLES, ACCESSORY))
+        raise RecipeError(f"{target}: not a concept that the evaluators know: {known}")
+    cells = []
+    for o, obj in enumerate(OBJECTS):
+        for s, style in enumerate(STYLES):
+            first = FIRST_SEED + 1000 * (o * len(STYLES) + s)
+            count = target_seeds if target in (obj, style) else kept_seeds
+            cells += [Cell(obj, style, first + k) for k in range(count)]
+    return cells
+
+
+def accessory_set(wearer: str, *, seeds: int = 10) -> list[Cell]:
+    """Pictures of one wearer with the accessory, in every style."""
+    o = list(OBJECTS).index(wearer)
+    return [
+        Cell(wearer, style, FIRST_SEED + 1000 * (o * len(STYLES) + s) + 500 + k, hat=True)
+        for s, style in enumerate(STYLES)
+        for k in range(seeds)
+    ]
+
+
+def draw(
+    base: Base,
+    cells: Sequence[Cell],
+    patches: Sequence[Patch] = (),
+    weights: Sequence[float] | None = None,
+    *,
+    guidance_scale: float = 3.0,
+    on_batch: Callable[[int], None] | None = None,
+) -> Pictures:
+    """The pictures of the cells, with the patches active; the base is bare again afterwards."""
+    attach(base, patches, weights)
+    try:
+        prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
+        return generate(base, prompts, seeds, guidance_scale=guidance_scale, batch_size=48, on_batch=on_batch)
+    finally:
+        base.remove_adapters()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well one concept was erased and everything else kept; `ua` counts pictures without the concept.
+
+    `at_target` is the other half of the erased pictures: the style of an erased object, the object in an erased style.
+    `worst` has the rates of the three kept concepts of the target's kind that lost most.
+    """
+
+    target: str
+    ua: Rate
+    ira: Rate
+    cra: Rate
+    at_target: Rate
+    worst: Mapping[str, Rate]
+    replaced_by: Mapping[str, int]
+    evaluator: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def score(target: str, cells: Sequence[Cell], judged: Judgement, base: Judgement, evaluator: Evaluator) -> Scores:
+    """The scores of one erased object or style.
+
+    Args:
+        target: Its canonical name.
+        cells: The answer set.
+        judged: What the evaluator sees in the patched pictures of the cells.
+        base: What it sees in the base's pictures of the same cells.
+        evaluator: The one that judged.
+    """
+    is_object = target in OBJECTS
+    own = [c.obj if is_object else c.style for c in cells]
+    cross = [c.style if is_object else c.obj for c in cells]
+
+    def found(seen: Judgement, *, same_kind: bool) -> list[bool]:
+        answers = seen.objects if same_kind == is_object else seen.styles
+        return [a == wanted for a, wanted in zip(answers, own if same_kind else cross, strict=True)]
+
+    now, before = found(judged, same_kind=True), found(base, same_kind=True)
+    now_cross, before_cross = found(judged, same_kind=False), found(base, same_kind=False)
+    hit = [i for i, name in enumerate(own) if name == target]
+    rest = [i for i, name in enumerate(own) if name != target]
+
+    def over(rows: Sequence[int], patched: list[bool], bare: list[bool]) -> Rate:
+        return rate([patched[i] for i in rows], [bare[i] for i in rows])
+
+    each = {n: over([i for i in rest if own[i] == n], now, before) for n in dict.fromkeys(own) if n != target}
+    worst = sorted(each, key=lambda n: each[n].retained or 1.0)[:3]
+    answers = judged.objects if is_object else judged.styles
+    seen = [answers[i] for i in hit]
+    return Scores(
+        target=target,
+        ua=rate([not now[i] for i in hit], [not before[i] for i in hit]),
+        ira=over(rest, now, before),
+        cra=over(range(len(cells)), now_cross, before_cross),
+        at_target=over(hit, now_cross, before_cross),
+        worst={n: each[n] for n in worst},
+        replaced_by={n: seen.count(n) for n in sorted(set(seen), key=lambda n: -seen.count(n))},
+        evaluator=f"{evaluator.name} {evaluator.digest[:12]}",
+    )
+
+
+def before_after(
+    target: str, cells: Sequence[Cell], before: Pictures, after: Pictures
+) -> tuple[list[tuple[str, list[Image.Image]]], list[str]]:
+    """Rows and columns for `grid`: for the target, its neighbours and others, the first cell of each, unselected."""
+    shown: dict[str, list[int]] = {}
+    for i, c in enumerate(cells):
+        shown.setdefault(f"{c.obj}\n{c.style}", []).append(i)
+    first = [rows[0] for rows in shown.values()]
+    hit = [i for i in first if target in (cells[i].obj, cells[i].style)][:6]
+    rest = [i for i in first if target not in (cells[i].obj, cells[i].style)]
+    rest = rest[:: max(1, len(rest) // 6)][:6]
+    order = hit + rest
+    return [("before", [before[i] for i in order]), ("after", [after[i] for i in order])], [
+        cells[i].obj for i in order
+    ]

@@ -1,0 +1,261 @@
+"""What a recipe would do, before anything heavy is loaded: layers, size of the patch, passes, memory.
+
+The denoiser is built from its config alone on torch's `meta` device, which has shapes and no numbers, and gets its
+adapters from the same code as in training. A training step then runs on it: memory is counted, not guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from esd_lora.bases import DTYPES, Base
+from esd_lora.bases.facts import Facts, facts_of, on_meta, size_of
+from esd_lora.bases.stable_diffusion import StableDiffusionBase
+from esd_lora.recipe import Recipe
+from esd_lora.training import resolve
+from esd_lora.trajectories import questions_of
+
+AUTHORS_PER_EXAMPLE = 25 * 2 + 3 + 3
+"""The authors' trainer: guided sampling for 25 of 50 steps on average, three of the teacher, three of the student."""
+PROMPT_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes of one latent through the denoiser; a backward pass counts as two forward passes."""
+
+    concepts: int
+    """Trajectories of the concepts, with the teacher's predictions."""
+    preservation: int
+    """Trajectories of the prompts to preserve."""
+    training: int
+    total: int
+    per_example: float
+    """The total over the training examples of concepts: preservation is a cost, not an example."""
+    authors_ratio: float
+    """How many times as many the authors' schedule needs for as many examples."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on an accelerator, without its context, its libraries' workspaces and the allocator's losses."""
+
+    weights: int
+    adapters: int
+    optimizer: int
+    """AdamW's two moments."""
+    activations: int
+    """The most that is alive at once in forward and backward, gradients included."""
+    encoders: int
+    """Text encoders and autoencoder, which leave before training."""
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training a recipe would do and cost."""
+
+    base: str
+    family: str
+    prediction_type: str
+    resolution: int
+    """Side of the pictures in pixels."""
+    denoiser_parameters: int
+    layers: str
+    rank: int
+    modules: int
+    """How many layers of the denoiser get an adapter."""
+    first_modules: tuple[str, ...]
+    adapter_parameters: int
+    patch_bytes: int
+    """The patch's tensors, in float32; the file's header comes on top."""
+    passes: Passes
+    memory: Memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {**asdict(self), "first_modules": list(self.first_modules)}
+
+    def __str__(self) -> str:
+        """The plan in four lines."""
+        p, m = self.passes, self.memory
+        gb = {k: f"{v / 1e9:.2f}" for k, v in asdict(m).items()}
+        return (
+            f"base      {self.base}: {self.family}, {self.denoiser_parameters / 1e6:,.1f} M parameters, "
+            f"{self.prediction_type}, {self.resolution} px\n"
+            f"adapters  {self.layers}, rank {self.rank}: {self.modules} layers ({self.first_modules[0]} …), "
+            f"{self.adapter_parameters:,} parameters, {self.patch_bytes / 1e6:.2f} MB\n"
+            f"passes    {p.total:,} = {p.concepts:,} concepts + {p.preservation:,} preservation "
+            f"+ {p.training:,} training; {p.per_example:.1f} per example, "
+            f"the authors' schedule {p.authors_ratio:.1f} times as many\n"
+            f"memory    {gb['peak']} GB: {gb['weights']} weights + {gb['activations']} activations "
+            f"+ {(m.adapters + m.optimizer) / 1e9:.2f} adapters and optimizer; "
+            f"before training {gb['encoders']} encoders beside the weights"
+        )
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """What training this recipe would do and cost.
+
+    Raises:
+        BaseModelError: The base is not found, or has no layers of the preset.
+        RecipeError: The rank is above what a layer can use.
+    """
+    facts = facts_of(recipe.base, recipe.revision)
+    unet: Any = on_meta(UNet2DConditionModel.from_config, facts.unet, recipe.base)
+    nn.Module.to(unet, DTYPES[recipe.dtype])  # diffusers' own `to` warns even where nothing has to stay float32
+    parameters = size_of(unet.parameters())
+    pipe: Any = SimpleNamespace(unet=unet, components={"unet": unet})
+    base = StableDiffusionBase(pipe, name=recipe.base, fingerprint="none, for there are no weights")
+    base.add_adapter(layers=recipe.layers, rank=recipe.rank)
+    modules = base.matched(recipe.layers)
+    adapters = size_of(base.adapter_parameters())
+    resolution = recipe.resolution or unet.config.sample_size * facts.vae_scale_factor
+    return Plan(
+        base=recipe.base,
+        family=facts.family,
+        prediction_type=facts.prediction_type,
+        resolution=resolution,
+        denoiser_parameters=parameters,
+        layers=recipe.layers,
+        rank=recipe.rank,
+        modules=len(modules),
+        first_modules=tuple(modules[:3]),
+        adapter_parameters=adapters,
+        patch_bytes=4 * adapters,
+        passes=count_passes(recipe),
+        memory=_memory(recipe, base, facts, side=resolution // facts.vae_scale_factor),
+    )
+
+
+def count_passes(recipe: Recipe) -> Passes:
+    """How often the denoiser is asked: the number that `train` writes into the patch.
+
+    A step of a trajectory asks the teacher once for each different prompt among the student's s, the empty one, the
+    concept c and the anchor a. With `x_t: edited` the student is asked for s and the empty prompt on top, and all
+    of it is done again at each refresh.
+    """
+    _, erase, preserve = questions_of(resolve(recipe))
+    edited = recipe.x_t == "edited"
+    banks = math.ceil(recipe.steps / recipe.refresh_every) if edited else 1
+    asked = sum(len({q.s, 0, q.c, q.a}) + (2 if edited else 0) for q in erase)
+    concepts = banks * recipe.trajectories * recipe.trajectory_steps * asked
+    preservation = recipe.trajectory_steps * sum(len({q.s, 0}) for q in preserve)
+    training = 3 * recipe.steps * _rows(recipe)
+    total = concepts + preservation + training
+    each = total / (recipe.steps * recipe.batch_size)
+    return Passes(concepts, preservation, training, total, each, AUTHORS_PER_EXAMPLE / each)
+
+
+def _rows(recipe: Recipe) -> int:
+    """Rows of a training batch: the examples of concepts, and as many to preserve."""
+    _, _, preserve = questions_of(resolve(recipe))
+    return recipe.batch_size * (2 if preserve else 1)
+
+
+# ---- memory -------------------------------------------------------------------------------------------------
+
+
+def _memory(recipe: Recipe, base: Base, facts: Facts, *, side: int) -> Memory:
+    """Bytes by what they are for; side is that of the latents."""
+    each = DTYPES[recipe.dtype].itemsize
+    trained = size_of(base.adapter_parameters())
+    weights = each * (size_of(base.denoiser.parameters()) - trained)
+    encoders = each * (facts.text_encoder_parameters + facts.vae_parameters)
+    activations = step_bytes(base.denoiser, rows=_rows(recipe), side=side, checkpointing=recipe.gradient_checkpointing)
+    peak = weights + max(encoders, 3 * 4 * trained + activations)
+    return Memory(weights, 4 * trained, 2 * 4 * trained, activations, encoders, peak)
+
+
+def step_bytes(unet: Any, *, rows: int, side: int, checkpointing: bool = False) -> int:
+    """The most bytes alive at once, weights aside, in a forward and a backward pass; on any device.
+
+    Args:
+        unet: A UNet2DConditionModel with adapters that require gradients.
+        rows: Latents in the batch.
+        side: Height and width of the latents.
+        checkpointing: Keep the inputs of blocks only, and run these again for the backward pass.
+    """
+    config, weight = unet.config, unet.conv_in.weight
+    added = {}
+    training = _LikeTraining(weight.dtype)
+    if checkpointing:
+        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), training))
+        unet.enable_gradient_checkpointing(again)
+    with _LiveBytes() as memory, training:
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            added = {"text_embeds": weight.new_zeros(rows, pooled), "time_ids": weight.new_zeros(rows, 6)}
+        x = weight.new_zeros(rows, config.in_channels, side, side)
+        words = weight.new_zeros(rows, PROMPT_TOKENS, config.cross_attention_dim)
+        t = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        out: Tensor = unet(x, t, words, added_cond_kwargs=added, return_dict=False)[0]
+        loss: Any = out.float().square().mean()
+        loss.backward()
+    peak: int = memory.peak
+    return peak
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Adds up the storages that are made inside and still in use; `peak` is the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        results = {id(s): s for s in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor))}
+        for storage in (s for key, s in results.items() if key not in given):
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+class _LikeTraining(TorchFunctionMode):
+    """What `meta` does not do by itself: fused attention, which keeps no matrix of weights, and autocast.
+
+    Args:
+        dtype: Of the base. Below float32 the trainer uses autocast, which on CUDA has norms in float32.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        casts = {F.linear: dtype, F.conv2d: dtype, F.group_norm: torch.float32, F.layer_norm: torch.float32}
+        self.casts: Mapping[Any, torch.dtype] = {} if dtype == torch.float32 else casts
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _fused_attention(*args, **kwargs)
+        to = self.casts.get(func)
+        if to:
+            args, kwargs = tree_map_only(Tensor, lambda x: x.to(to), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    """Unmasked attention, (B, heads, L, D); for its backward this kernel keeps what those of GPUs keep."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+    return out

@@ -1,0 +1,238 @@
+"""`Recipe`: what a user writes to have a patch made. Typed, frozen, an unknown key is an error, all errors at once.
+
+A recipe comes from a YAML file, from options of the command line, or from both (options win). What the trainer gets and
+what the patch carries is the resolved recipe: every field with its value.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from esd_lora.errors import RecipeError
+
+Layers = Literal["esd-x", "esd-x-strict", "esd-u", "full"]
+DType = Literal["fp32", "bf16", "fp16"]
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text.strip()
+
+
+def _sequence(value: object) -> object:
+    """One value stands for a list of one."""
+    return [value] if isinstance(value, (str, Mapping)) else value
+
+
+Words = Annotated[str, AfterValidator(_not_blank)]
+
+
+class Concept(BaseModel):
+    """One thing to erase. In a recipe, plain words stand for `{erase: words}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    erase: Words = Field(description="The concept, in words: c of the equation.")
+    from_: Words | None = Field(
+        None,
+        alias="from",
+        description="Erase the concept only as an attribute of this prompt, which is what the patch is trained on; "
+        "the prompt itself is the anchor, so that the rest of it stays.",
+    )
+    replace_with: Words | None = Field(
+        None, description="Draw this instead: the anchor a of the equation. Without it the anchor is the empty prompt."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_words(cls, value: object) -> object:
+        return {"erase": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _differ(self) -> Concept:
+        for name, other in (("from", self.from_), ("replace_with", self.replace_with)):
+            if other is not None and other.lower() == self.erase.lower():
+                raise ValueError(f"{name} must differ from erase, both are {self.erase!r}")
+        return self
+
+    @property
+    def prompt(self) -> str:
+        """What the student is asked with: the prompt to erase from, or the concept itself."""
+        return self.from_ or self.erase
+
+    @property
+    def anchor(self) -> str:
+        """What the student shall predict instead: replacement, the prompt to erase from, or nothing."""
+        return self.replace_with or self.from_ or ""
+
+
+class Recipe(BaseModel):
+    """How to make one patch. Symbols in the descriptions are those of `esd_lora.esd`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    base: Words = Field(description="`emoji`, a folder with a diffusers pipeline, or a Hub id.")
+    revision: Words | None = Field(None, description="Branch, tag or commit of the base on the Hub.")
+    concepts: Annotated[tuple[Concept, ...], BeforeValidator(_sequence)] = Field(
+        min_length=1, description="What to erase: one concept or several, together in one patch."
+    )
+    preserve: Annotated[tuple[str, ...], BeforeValidator(_sequence)] | None = Field(
+        None,
+        description="Prompts whose pictures must stay. Default: a list of everyday subjects and styles without the "
+        "words of the concepts, and the empty prompt.",
+    )
+    preserve_weight: float = Field(1.0, ge=0, description="λ: weight of the preservation loss; 0 turns it off.")
+    layers: Layers = Field(
+        "esd-x",
+        description="`esd-x`: cross-attention q, k, v, out. `esd-x-strict`: cross-attention k, v. `esd-u`: "
+        "self-attention. `full`: both.",
+    )
+    rank: int = Field(4, ge=1, description="Rank of the adapters; alpha equals it.")
+    objective: Literal["paper", "authors"] = Field(
+        "paper",
+        description="`paper`: the anchor minus η times the guidance. `authors`: as their later code, anchored on the "
+        "concept itself, so that `eta` is their negative_guidance (paper's η plus one).",
+    )
+    eta: float = Field(1.0, ge=0, description="η: how far to push away from the concept; 0 moves to the anchor.")
+    x_t: Literal["base", "edited"] = Field(
+        "base",
+        description="Whose denoising trajectories are trained on: the frozen model's, as the authors' current code, "
+        "or the edited model's own, as the paper.",
+    )
+    refresh_every: int = Field(20, ge=1, description="With `x_t: edited`, steps between new trajectories.")
+    trajectories: int = Field(4, ge=1, description="Trajectories per concept.")
+    trajectory_steps: int = Field(20, ge=2, le=1000, description="Denoising steps S of a trajectory.")
+    guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance of the trajectories.")
+    steps: int = Field(100, ge=1, description="Gradient steps.")
+    batch_size: int = Field(4, ge=1, description="Examples a step; as many preservation examples come on top.")
+    lr: float = Field(1e-3, gt=0, description="Learning rate of AdamW.")
+    lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = Field(
+        "cosine", description="Learning-rate schedule, by diffusers' names."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up of the learning rate.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    resolution: int | None = Field(
+        None, ge=8, multiple_of=8, description="Side of the pictures in pixels. Default: the base's own."
+    )
+    dtype: DType = Field("fp32", description="Precision of the frozen base; the adapters are always float32.")
+    gradient_checkpointing: bool = Field(False, description="Less memory for a third more time.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Everything random follows from it.")
+    checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints that `--resume` starts from.")
+    sample_every: int = Field(0, ge=0, description="Steps between sample pictures; 0 for none.")
+    log_with: Literal["tensorboard", "wandb"] | None = Field(None, description="Where to log the losses.")
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML; reading it gives an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values, in the order of the fields."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file, not yet validated.
+
+    Raises:
+        RecipeError: The file is missing, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is a folder" if path.is_dir() else getattr(error, "strerror", None) or "not a text file"
+        raise RecipeError(f"{path}: cannot read the recipe: {reason}") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'cannot be read'}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, such as `base: emoji`")
+    return data
+
+
+def make_recipe(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """The validated recipe.
+
+    Args:
+        values: Keys and values, from YAML or options.
+        source: What to call the origin in messages.
+
+    Raises:
+        RecipeError: One line for each problem, with its place, what is wrong and what would be right.
+    """
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        errors = error.errors()
+        places = [e["loc"] for e in errors]
+        # a list that is too short because its items are wrong is no problem of its own
+        problems = [
+            _explain(e)
+            for e in errors
+            if e["type"] != "too_short" or not any(p != e["loc"] and p[:1] == e["loc"][:1] for p in places)
+        ]
+    head = f"{source}: " + ("" if len(problems) == 1 else f"{len(problems)} problems\n  ")
+    raise RecipeError(head + "\n  ".join(problems))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The validated recipe of a YAML file, with `key=value` overrides.
+
+    Raises:
+        RecipeError: The file or an override is wrong; all problems at once.
+    """
+    return make_recipe({**read_recipe(Path(path)), **parse_overrides(overrides)}, source=str(path))
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """The keys and values of `key=value` strings; a value is read as YAML.
+
+    Raises:
+        RecipeError: A pair has no `=` or its value is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {pair}: write key=value, such as --set rank=8")
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {pair}: the value is not YAML") from error
+    return values
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """One problem of pydantic's as `place: what is wrong, what would be right`."""
+    place = ".".join(str(p) for p in error["loc"] if p not in ("tuple", "function-before"))
+    kind, given = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        known = list(Concept.model_fields) if place.startswith("concepts") else list(Recipe.model_fields)
+        known = ["from" if k == "from_" else k for k in known]
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"{place}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{place}: missing"
+    if kind == "too_short":
+        return f"{place}: name at least one"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = "" if kind == "value_error" else f", got {given!r}"
+    return f"{place or 'recipe'}: {message[0].lower()}{message[1:]}{shown}"

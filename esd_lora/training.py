@@ -1,0 +1,344 @@
+"""`train`: (Recipe, Base) → Patch.
+
+    questions ─► bank of trajectories ─► batches ─► adapters ─► Patch
+
+The loop does nothing but gradient steps: prompts are encoded and targets recorded before it, losses stay on the device
+and are read every few steps. A run writes a checkpoint now and then; continued from it, the patch is the same, bit for
+bit, as that of a run that was never interrupted, because batches follow from the seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+
+from esd_lora.bases.base import Base, Condition
+from esd_lora.checkpoint import Checkpoint
+from esd_lora.errors import OutputError, TrainingError
+from esd_lora.esd import esd_loss
+from esd_lora.patch import FILE_NAME, Patch, load_patch, write_file
+from esd_lora.recipe import Recipe
+from esd_lora.trajectories import Bank, Question, default_preserve, questions_of, record
+
+CHECK_EVERY = 10
+"""Steps between looks at the losses: each look waits for the device."""
+
+PACKAGES = ("esd_lora", "torch", "diffusers", "peft", "transformers", "accelerate")
+
+
+@dataclass
+class Run:
+    """What a training run has at hand, and what changes as it goes."""
+
+    recipe: Recipe
+    base: Base
+    accelerator: Accelerator
+    conditions: Condition
+    erase: list[Question]
+    preserve: list[Question]
+    optimizer: Any
+    schedule: Any
+    losses: Tensor  # (steps,) on the device
+    bank: Bank | None = None
+    kept: Bank | None = None
+    step: int = 0
+    passes: int = 0
+
+
+def train(
+    recipe: Recipe,
+    base: Base,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    on_step: Callable[[int, float | None], None] | None = None,
+    on_sample: Callable[[int], None] | None = None,
+) -> Patch:
+    """The patch that a recipe asks for.
+
+    Args:
+        recipe: What to erase, and how.
+        base: The model; its weights are not changed, and the adapters are off it again afterwards.
+        out: Folder for the patch, the resolved recipe and the checkpoints; None keeps everything in memory.
+        resume: Go on from the checkpoint in `out`, if there is one.
+        on_step: Called after every step with the number of steps done and, now and then, the loss.
+        on_sample: Called every `sample_every` steps with the number of steps done, adapters on.
+
+    Raises:
+        OutputError: `out` holds another run, or cannot be written to.
+        TrainingError: The loss is no longer a number; the last good checkpoint is kept.
+        BaseModelError, RecipeError: The layers match nothing, or the rank is too high.
+    """
+    recipe = resolve(recipe)
+    finished = _prepare_folder(out, recipe, resume=resume)
+    if finished:
+        return finished
+    started = time.monotonic()
+    base.remove_adapters()
+    set_seed(recipe.seed)
+    base.add_adapter(layers=recipe.layers, rank=recipe.rank)
+    try:
+        run = _begin(recipe, base, out)
+        checkpoint = Checkpoint(out / "checkpoint.safetensors") if out else None
+        if checkpoint and resume and checkpoint.path.exists():
+            _restore(run, checkpoint)
+        _loop(run, checkpoint, on_step, on_sample)
+        patch = Patch(base.adapter_state(), _provenance(run))
+    finally:
+        base.remove_adapters()
+    if out:
+        patch.save(out)
+        write_file(out / "recipe.yaml", recipe.to_yaml().encode())
+        write_file(out / "loss.csv", _csv(run.losses))
+        write_file(out / "run.yaml", _cost(started))
+        Path(out / "checkpoint.safetensors").unlink(missing_ok=True)
+    return patch
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with its defaults that depend on other fields filled in."""
+    if recipe.preserve is not None:
+        return recipe
+    return recipe.model_copy(update={"preserve": default_preserve(recipe.concepts)})
+
+
+def _prepare_folder(out: Path | None, recipe: Recipe, *, resume: bool) -> Patch | None:
+    """The finished patch of the same recipe if `resume` finds one; otherwise `out` is there and free for this run."""
+    if out is None:
+        return None
+    holds = [n for n in (FILE_NAME, "checkpoint.safetensors") if (out / n).exists()]
+    if not holds:
+        if out.is_dir() and any(out.iterdir()):
+            raise OutputError(f"{out}: not empty, and holds no run; choose another --out")
+        write_file(out / "recipe.yaml", recipe.to_yaml().encode())
+        return None
+    if not resume:
+        raise OutputError(f"{out}: holds another run; choose another --out, or go on with it by --resume")
+    written = out / "recipe.yaml"
+    if not written.exists() or written.read_text(encoding="utf-8") != recipe.to_yaml():
+        raise OutputError(f"{out}: holds a run of another recipe, which this one cannot resume; choose another --out")
+    return load_patch(out) if FILE_NAME in holds else None
+
+
+def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
+    """A run at step 0: prompts encoded, optimizer ready, nothing recorded yet."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # else a second run with another dtype is refused
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(recipe.dtype, recipe.dtype),
+        cpu=base.device.type == "cpu",
+        log_with=recipe.log_with,
+        project_dir=out,
+    )
+    if recipe.log_with:
+        accelerator.init_trackers("esd_lora", {k: str(v) for k, v in recipe.to_dict().items()})
+    if recipe.gradient_checkpointing:
+        base.denoiser.enable_gradient_checkpointing()
+    else:
+        base.denoiser.disable_gradient_checkpointing()
+    prompts, erase, preserve = questions_of(recipe)
+    conditions = base.encode(prompts)
+    base.free_encoders()
+    optimizer = torch.optim.AdamW(base.adapter_parameters(), lr=recipe.lr, weight_decay=0.0)
+    schedule = get_scheduler(
+        recipe.lr_schedule, optimizer, num_warmup_steps=recipe.warmup_steps, num_training_steps=recipe.steps
+    )
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    losses = torch.zeros(recipe.steps, device=base.device)
+    return Run(recipe, base, accelerator, conditions, erase, preserve, optimizer, schedule, losses)
+
+
+def _loop(
+    run: Run,
+    checkpoint: Checkpoint | None,
+    on_step: Callable[[int, float | None], None] | None,
+    on_sample: Callable[[int], None] | None,
+) -> None:
+    """All steps that are left, with looks at the losses, samples and checkpoints between them."""
+    recipe = run.recipe
+    try:
+        while run.step < recipe.steps:
+            _fill_banks(run)
+            _step(run)
+            run.step += 1
+            save = run.step % recipe.checkpoint_every == 0
+            look = save or run.step % CHECK_EVERY == 0 or run.step == recipe.steps
+            loss = _look(run, checkpoint) if look else None
+            if save and checkpoint:
+                _save(run, checkpoint)
+            if on_step:
+                on_step(run.step, loss)
+            if on_sample and recipe.sample_every and run.step % recipe.sample_every == 0:
+                on_sample(run.step)
+    except KeyboardInterrupt:
+        if checkpoint and run.step and torch.isfinite(run.losses).all():
+            _save(run, checkpoint)
+        raise
+    run.accelerator.end_training()
+
+
+def _fill_banks(run: Run) -> None:
+    """Record trajectories where there are none yet, or the student's own have grown old."""
+    recipe = run.recipe
+    edited = recipe.x_t == "edited"
+
+    def recorded(questions: list[Question], first_seed: int, *, edited: bool) -> Bank:
+        bank, passes = record(
+            run.base,
+            run.conditions,
+            questions,
+            range(first_seed, first_seed + len(questions)),
+            steps=recipe.trajectory_steps,
+            guidance_scale=recipe.guidance_scale,
+            resolution=recipe.resolution,
+            edited=edited,
+        )
+        run.passes += passes
+        return bank
+
+    if run.bank is None or (edited and run.step % recipe.refresh_every == 0):
+        questions = run.erase * recipe.trajectories
+        age = run.step // recipe.refresh_every if edited else 0
+        run.bank = recorded(questions, _seed(recipe.seed, 1 + age), edited=edited)
+    if run.kept is None and run.preserve:
+        run.kept = recorded(run.preserve, _seed(recipe.seed, 0), edited=False)
+
+
+def _step(run: Run) -> None:
+    """One gradient step on a batch of erasing and, where asked for, as many preserving examples."""
+    recipe, accelerator = run.recipe, run.accelerator
+    banks = [(run.bank, 1.0)] + ([(run.kept, recipe.preserve_weight)] if run.kept else [])
+    x, t, target, s, weight = [], [], [], [], []
+    for kind, (bank, factor) in enumerate(banks):
+        rows = _rows(len(bank), run.step, recipe, kind).to(bank.x.device, non_blocking=True)
+        x.append(bank.x[rows]), t.append(bank.t[rows]), target.append(bank.target[rows]), s.append(bank.s[rows.cpu()])
+        weight.append(torch.full((len(rows),), factor / len(rows), device=bank.x.device))
+    with accelerator.autocast():
+        student = run.base.predict(torch.cat(x).to(run.base.dtype), torch.cat(t), run.conditions[torch.cat(s)])
+    loss = esd_loss(student, torch.cat(target), weight=torch.cat(weight))
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(run.base.adapter_parameters(), recipe.max_grad_norm)
+    run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad()
+    run.losses[run.step] = loss.detach()
+    run.passes += 3 * len(student)  # a backward pass costs about two forward passes
+
+
+def _rows(size: int, step: int, recipe: Recipe, kind: int) -> Tensor:
+    """Which examples step number `step` trains on: the bank in shuffled order, shuffled anew each time around."""
+    first = step * recipe.batch_size
+    wanted = torch.arange(first, first + recipe.batch_size)
+    orders = {
+        epoch: torch.randperm(size, generator=torch.Generator().manual_seed(_seed(recipe.seed, epoch, kind)))
+        for epoch in set((wanted // size).tolist())
+    }
+    return torch.stack([orders[int(w) // size][int(w) % size] for w in wanted])
+
+
+def _seed(*parts: int) -> int:
+    """A 62-bit seed that follows from the parts and from nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 2
+
+
+def _look(run: Run, checkpoint: Checkpoint | None) -> float:
+    """The newest loss, after checking that all of them are numbers."""
+    losses = run.losses[: run.step].cpu()
+    bad = (~torch.isfinite(losses)).nonzero()
+    if len(bad):
+        kept = f"; the checkpoint of step {checkpoint.step} is kept" if checkpoint and checkpoint.path.exists() else ""
+        raise TrainingError(
+            f"the loss was {losses[bad[0, 0]].item()} at step {bad[0, 0].item() + 1}: "
+            f"try a lower lr (now {run.recipe.lr:g}), warmup_steps, or dtype fp32 or bf16{kept}"
+        )
+    loss = losses[-1].item()
+    if run.recipe.log_with:
+        run.accelerator.log({"loss": loss, "lr": run.schedule.get_last_lr()[0]}, step=run.step)
+    return loss
+
+
+def _save(run: Run, checkpoint: Checkpoint) -> None:
+    """Write everything that the rest of the run depends on."""
+    banks = {
+        f"{name}.{k}": v
+        for name, bank in (("bank", run.bank), ("kept", run.kept))
+        if bank
+        for k, v in bank.tensors().items()
+    }
+    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
+    checkpoint.save(
+        {**run.base.adapter_state(), **banks, "losses": run.losses},
+        optimizer=run.optimizer.state_dict(),
+        state={
+            "step": run.step,
+            "passes": run.passes,
+            "schedule": run.schedule.state_dict(),
+            "scaler": scaler,
+            "recipe": run.recipe.to_dict(),
+        },
+    )
+
+
+def _restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Bring a run at step 0 to where a checkpoint left it.
+
+    Raises:
+        OutputError: The checkpoint is broken, or of another recipe.
+    """
+    tensors, optimizer, state = checkpoint.load()
+    if state["recipe"] != run.recipe.to_dict():
+        raise OutputError(f"{checkpoint.path}: is of another recipe; choose another --out")
+    prefix = f"{run.base.prefix}."
+    run.base.load_adapter_state({k: v for k, v in tensors.items() if k.startswith(prefix)})
+    run.optimizer.load_state_dict(optimizer)
+    run.schedule.load_state_dict(state["schedule"])
+    if run.accelerator.scaler:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    for name in ("bank", "kept"):
+        part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        if part:
+            device = run.base.device
+            setattr(run, name, Bank(**{k: v if k == "s" else v.to(device) for k, v in part.items()}))
+    run.losses.copy_(tensors["losses"])
+    run.step, run.passes = state["step"], state["passes"]
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    """What the patch tells about itself; nothing that differs between two runs of one recipe."""
+    last = run.losses[-CHECK_EVERY:].mean().item()
+    return {
+        "recipe": run.recipe.to_dict(),
+        "base": {"name": run.base.name, "revision": run.base.revision, "fingerprint": run.base.fingerprint},
+        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "cost": {"forward_passes": run.passes},
+        "loss": None if math.isnan(last) else last,
+    }
+
+
+def _csv(losses: Tensor) -> bytes:
+    """The loss of every step as a table."""
+    return "\n".join(["step,loss", *(f"{i},{v:.6g}" for i, v in enumerate(losses.tolist(), 1)), ""]).encode()
+
+
+def _cost(started: float) -> bytes:
+    """What the run cost on this machine, as YAML."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"seconds: {time.monotonic() - started:.2f}\npeak_memory_mb: {peak / 1e6:.0f}\n".encode()

@@ -1,0 +1,185 @@
+"""The trajectory bank: training examples (x_t, t, target) recorded while the model denoises.
+
+Sampling with classifier-free guidance evaluates ε*(x_t, s) and ε*(x_t, ∅) at every step, which is what the target needs:
+a trajectory of S steps gives S examples at no cost beyond its own. x_t and t are recorded together, as the network saw
+them (after the scheduler's `scale_model_input`), and never recomputed.
+
+Erasing and preserving are one thing here: to preserve a prompt p is to ask with s = p for the anchor a = p with η = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from esd_lora.bases.base import Base, Condition
+from esd_lora.esd import esd_target, guided
+from esd_lora.recipe import Concept, Recipe
+
+EVERYDAY = (
+    "a person",
+    "a face",
+    "a child",
+    "a cat",
+    "a dog",
+    "a bird",
+    "a fish",
+    "a tiger",
+    "a car",
+    "a bus",
+    "a train",
+    "a boat",
+    "a house",
+    "a tree",
+    "a flower",
+    "an apple",
+    "a clock",
+    "a heart",
+    "a star",
+    "the moon",
+    "a book",
+    "a camera",
+    "a city street",
+    "a landscape",
+    "a photo",
+    "an oil painting",
+    "a watercolor",
+    "an ink drawing",
+    "a blueprint",
+    "a neon sign",
+    "pixel art",
+    "a sticker",
+)
+"""Subjects and looks that most owners of a model want to keep."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the student is asked, in rows of the encoded prompts; row 0 is the empty prompt.
+
+    s: the student's prompt; c: the concept; a: the anchor; eta: η, 0 for a prompt to preserve.
+    """
+
+    s: int
+    c: int
+    a: int
+    eta: float
+
+
+@dataclass(frozen=True)
+class Bank:
+    """N training examples, on the device of the base.
+
+    x: scaled inputs (N, C, H, W) in float32; t: (N,); target: (N, C, H, W) float32; s: (N,) row of the student's prompt.
+    """
+
+    x: Tensor
+    t: Tensor
+    target: Tensor
+    s: Tensor
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.t)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def default_preserve(concepts: Sequence[Concept]) -> tuple[str, ...]:
+    """The prompts kept where a recipe names none: the empty one, and everyday ones without the words of the concepts."""
+    named = {w for c in concepts for text in (c.erase, c.from_ or "") for w in text.lower().split()}
+    return ("", *(p for p in EVERYDAY if not named & (set(p.split()) - {"a", "an", "the"})))
+
+
+def questions_of(recipe: Recipe) -> tuple[list[str], list[Question], list[Question]]:
+    """The prompts to encode (the empty one first), what to ask to erase, and what to ask to preserve."""
+    prompts = [""]
+
+    def row(prompt: str) -> int:
+        if prompt not in prompts:
+            prompts.append(prompt)
+        return prompts.index(prompt)
+
+    erase = []
+    for concept in recipe.concepts:
+        s, c, a = row(concept.prompt), row(concept.erase), row(concept.anchor)
+        eta = recipe.eta
+        if recipe.objective == "authors" and a == 0:  # their anchor is ε*(c): one η less from ε*(∅)
+            eta -= 1
+        erase.append(Question(s, c, a, eta))
+    wanted = recipe.preserve if recipe.preserve_weight else ()
+    preserve = [Question(r, r, r, 0.0) for r in map(row, wanted or ())]
+    return prompts, erase, preserve
+
+
+@torch.no_grad()
+def record(
+    base: Base,
+    conditions: Condition,
+    questions: Sequence[Question],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    resolution: int | None = None,
+    edited: bool = False,
+) -> tuple[Bank, int]:
+    """The bank of one trajectory per question, and the number of forward passes that it cost.
+
+    Args:
+        base: With adapters that are on if `edited`, off or none otherwise.
+        conditions: The encoded prompts; row 0 is the empty one.
+        questions: One for each trajectory; all trajectories move on together.
+        seeds: Of the initial noise, one for each trajectory.
+        steps: Denoising steps S, from pure noise to the picture.
+        guidance_scale: Of the trajectories.
+        resolution: In pixels; None for the base's own.
+        edited: Move along the student's predictions instead of the teacher's.
+    """
+    scheduler = base.scheduler
+    scheduler.set_timesteps(steps, device=base.device)
+    extra = base.pipe.prepare_extra_step_kwargs(torch.Generator(base.device).manual_seed(seeds[0]), 0.0)
+    x_t = base.initial_latents(seeds, resolution=resolution).float() * scheduler.init_noise_sigma
+    rows = torch.tensor([[q.s, 0, q.c, q.a] for q in questions])  # (B, roles)
+    eta = torch.tensor([q.eta for q in questions], device=base.device)[:, None, None, None]
+    examples: list[tuple[Tensor, Tensor, Tensor]] = []
+    passes = 0
+    for t in scheduler.timesteps:
+        x = scheduler.scale_model_input(x_t, t)
+        with base.teacher():
+            eps, cost = _predict_roles(base, x, t, conditions, rows)
+        passes += cost
+        examples.append((x, t.expand(len(x)), esd_target(eps[3], eps[2], eps[1], eta=eta)))
+        if edited:
+            eps, cost = _predict_roles(base, x, t, conditions, rows[:, :2])
+            passes += cost
+        move = guided(eps[0], eps[1], guidance_scale=guidance_scale)
+        x_t = scheduler.step(move, t, x_t, **extra, return_dict=False)[0]
+    x, ts, target = (torch.cat(part) for part in zip(*examples, strict=True))
+    return Bank(x, ts, target, rows[:, 0].repeat(len(examples))), passes
+
+
+def _predict_roles(base: Base, x: Tensor, t: Tensor, conditions: Condition, rows: Tensor) -> tuple[list[Tensor], int]:
+    """The predictions of every trajectory (B) for each of its roles, as float32 (B, C, H, W) by role, and their number.
+
+    A prompt that a trajectory uses in several roles is predicted once. Batches are as large as latents of this size
+    allow on a small device.
+    """
+    places: dict[tuple[int, int], int] = {}
+    for b, roles in enumerate(rows.tolist()):
+        for row in roles:
+            places.setdefault((b, row), len(places))
+    who, row = (torch.tensor(part, device=x.device) for part in zip(*places, strict=True))
+    size = min(64, max(2, 65_536 // x[0].numel()))
+    parts = [
+        base.predict(x[b].to(base.dtype), t.expand(len(b)), conditions[r])
+        for b, r in zip(who.split(size), row.split(size), strict=True)
+    ]
+    eps = torch.cat(parts).float()
+    index = torch.tensor([[places[b, r] for r in roles] for b, roles in enumerate(rows.tolist())], device=x.device)
+    return [eps[index[:, k]] for k in range(rows.shape[1])], len(places)

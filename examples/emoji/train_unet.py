@@ -1,0 +1,213 @@
+"""Train the denoiser and the text encoder of the embedded base on the latents of the pictures.
+
+    python examples/emoji/train_unet.py --work build/emoji --out build/emoji/base [--resume] [--without cat]
+
+The ε-prediction loss with min-SNR weights (Hang et al. 2023, γ = 5), bf16 autocast, an exponential moving average of the
+weights, learning rate annealed to zero. A checkpoint every 250 steps; `--resume` goes on from it as if never stopped.
+`--without NAME` leaves out every picture of an object or a style: the gold model, which never knew it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel, compute_snr
+from PIL import Image
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import captions
+import checkpoint
+import render
+from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
+from train_vae import to_tensor
+
+SNR_CAP = 5.0
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The untrained text encoder: CLIP's, three layers, 128 wide."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            projection_dim=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The untrained denoiser: the architecture of Stable Diffusion 1 in small, cross-attention at every level."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 128, 192),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's schedule with a larger last β, so that at T almost no signal is left."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.02,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="trailing",
+    )
+
+
+@torch.no_grad()
+def latents_of(pictures: np.ndarray, work: Path) -> Tensor:
+    """The latents (N, 4, 16, 16) float16 of all pictures, computed once."""
+    path = work / "latents.npy"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+        parts = []
+        for some in track(np.array_split(pictures, len(pictures) // 100), description="encode"):
+            with torch.autocast("cpu", torch.bfloat16):
+                parts.append(vae.encode(to_tensor(some)).latent_dist.mode().float())
+        z = torch.cat(parts).half()
+        np.save(path, z.numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def loss_of(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: DDIMScheduler, z: Tensor, ids: Tensor
+) -> Tensor:
+    """The min-SNR-weighted ε loss of a batch of latents (B, 4, 16, 16) with token ids (B, L)."""
+    noise = torch.randn_like(z)
+    t = torch.randint(scheduler.config.num_train_timesteps, (len(z),))
+    x_t = scheduler.add_noise(z, noise, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        eps = unet(x_t, t, text_encoder(ids).last_hidden_state).sample
+    snr = compute_snr(scheduler, t)
+    weight = snr.clamp(max=SNR_CAP) / snr
+    return ((eps.float() - noise) ** 2).mean((1, 2, 3)).mul(weight).mean()
+
+
+def pipeline_of(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """The parts as a stock pipeline."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@torch.no_grad()
+def draw_grid(pipe: StableDiffusionPipeline, path: Path, *, guidance_scale: float = 3.0) -> None:
+    """Save one picture of every object (columns) in every style (rows), seed 0 for all."""
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for style in STYLES:
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(20, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            pictures = pipe(
+                [prompt(o, style) for o in OBJECTS],
+                latents=noise,
+                num_inference_steps=20,
+                guidance_scale=guidance_scale,
+                output_type="np",
+            ).images
+        rows.append(np.concatenate(list(pictures), 1))
+    Image.fromarray(np.uint8(255 * np.concatenate(rows))).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--out", type=Path, default=Path("build/emoji/base"))
+    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=9e-4)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--without", help="an object or a style to leave out")
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    pictures, labels = render.load(args.work / "pictures.npz")
+    z = latents_of(pictures, args.work)
+    names, looks = tuple(OBJECTS), tuple(STYLES)
+    if args.without and args.without not in names + looks:
+        parser.error(f"--without {args.without}: no such object or style")
+    rows = [i for i in range(len(z)) if args.without not in (names[labels.obj[i]], looks[labels.style[i]])]
+
+    tokenizer, scheduler = captions.build_tokenizer(), build_scheduler()
+    unet, text_encoder = build_unet().train(), build_text_encoder(tokenizer).train()
+    unet.set_attn_processor(AttnProcessor())  # the fused attention's backward is slow on CPUs
+    vae = AutoencoderKL.from_pretrained(args.work / "vae").eval()
+    weights = [*unet.parameters(), *text_encoder.parameters()]
+    print(f"{sum(w.numel() for w in weights) / 1e6:.1f} M parameters, {len(rows)} pictures", flush=True)
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 200, args.steps)
+    ema = EMAModel(weights, decay=args.ema)
+    parts = {"unet": unet, "text": text_encoder, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path, first = args.out / "unet.ckpt", 0
+    if state := checkpoint.load(path, resume=args.resume):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        first = state["step"]
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("unet", total=args.steps, completed=first)
+        for step in range(first, args.steps):
+            batch = [rows[i] for i in torch.randint(len(rows), (args.batch,)).tolist()]
+            texts = [
+                captions.caption(names[labels.obj[i]], looks[labels.style[i]], hat=bool(labels.hat[i])) for i in batch
+            ]
+            ids = captions.encode(tokenizer, texts)
+            loss = loss_of(unet, text_encoder, scheduler, z[batch].float(), ids)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+            ema.step(weights)
+            bar.update(task, advance=1, description=f"unet loss {loss.item():.4f}")
+            if (step + 1) % 250 == 0:
+                print(json.dumps({"step": step + 1, "loss": round(loss.item(), 4)}), flush=True)
+                checkpoint.save(path, {**{k: p.state_dict() for k, p in parts.items()}, "step": step + 1})
+            if (step + 1) % 1000 == 0 or step + 1 == args.steps:
+                ema.store(weights)
+                ema.copy_to(weights)
+                pipe = pipeline_of(unet.eval(), text_encoder.eval(), vae, tokenizer)
+                draw_grid(pipe, args.out / f"grid-{step + 1:05d}.png")
+                if step + 1 == args.steps:
+                    pipe.to(dtype=torch.float16).save_pretrained(args.out / "pipeline")
+                ema.restore(weights)
+                unet.train(), text_encoder.train()
+
+
+if __name__ == "__main__":
+    main()

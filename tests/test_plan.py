@@ -1,0 +1,229 @@
+"""`plan`: exact sizes of the true architectures, passes as the trainer counts them, memory as a CPU allocates it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from tiny import save_tiny, tiny_pipeline
+from torch.profiler import ProfilerActivity, profile
+
+from esd_lora.bases import load_base
+from esd_lora.bases.facts import facts_of
+from esd_lora.bases.stable_diffusion import StableDiffusionBase
+from esd_lora.errors import BaseModelError, RecipeError
+from esd_lora.plan import count_passes, make_plan, step_bytes
+from esd_lora.recipe import Recipe, make_recipe
+from esd_lora.training import train
+
+SD14 = "CompVis/stable-diffusion-v1-4"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SD21 = "stabilityai/stable-diffusion-2-1"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def recipe_of(base: object, **values: Any) -> Recipe:
+    return make_recipe({"base": str(base), "concepts": "Van Gogh", "preserve": ["a dog"], **values})
+
+
+@pytest.mark.parametrize(
+    ("base", "layers", "modules", "per_rank"),
+    [
+        (SD14, "esd-x", 64, 99_456),
+        (SD15, "esd-x-strict", 32, 49_536),
+        (SD15, "esd-u", 64, 199_296 - 99_456),
+        (SD15, "full", 128, 199_296),
+        (SD21, "esd-x", 64, 107_648),
+        (SDXL, "esd-x", 280, 785_920),
+        (SDXL, "esd-x-strict", 140, 453_120),
+        (SDXL, "full", 560, 1_451_520),
+    ],
+)
+def test_layers_and_parameters_of_the_true_architectures(base: str, layers: str, modules: int, per_rank: int) -> None:
+    plan = make_plan(recipe_of(base, layers=layers, rank=4, resolution=64))
+    assert (plan.modules, plan.adapter_parameters, plan.patch_bytes) == (modules, 4 * per_rank, 16 * per_rank)
+
+
+@pytest.mark.parametrize(
+    ("base", "family", "parameters", "prediction_type", "resolution"),
+    [
+        (SD15, "stable-diffusion", 859_520_964, "epsilon", 512),
+        (SD21, "stable-diffusion", 865_910_724, "v_prediction", 768),
+        (f"{SD21}-base", "stable-diffusion", 865_910_724, "epsilon", 512),
+        (SDXL, "stable-diffusion-xl", 2_567_463_684, "epsilon", 1024),
+    ],
+)
+def test_known_bases(base: str, family: str, parameters: int, prediction_type: str, resolution: int) -> None:
+    plan = make_plan(recipe_of(base, layers="esd-x-strict", dtype="fp16", batch_size=1))
+    assert (plan.family, plan.denoiser_parameters) == (family, parameters)
+    assert (plan.prediction_type, plan.resolution) == (prediction_type, resolution)
+    assert plan.memory.weights == 2 * parameters
+    assert json.loads(json.dumps(plan.to_dict())) == plan.to_dict()
+
+
+def test_passes_worked_by_hand() -> None:
+    settings = {"trajectories": 3, "trajectory_steps": 10, "steps": 50, "batch_size": 4}
+    # 3 × 10 × {c, ∅}; 10 × {p, ∅}; 50 × (4 + 4) × 3
+    passes = count_passes(recipe_of(SD15, **settings))
+    assert (passes.concepts, passes.preservation, passes.training, passes.total) == (60, 20, 1200, 1280)
+    assert passes.per_example == 1280 / 200
+    assert passes.authors_ratio == 56 * 200 / 1280
+    passes = count_passes(recipe_of(SD15, **settings, preserve_weight=0))
+    assert (passes.concepts, passes.preservation, passes.training) == (60, 0, 600)
+
+
+@pytest.mark.parametrize(
+    ("concept", "x_t", "concepts"),
+    [
+        ({"erase": "cat", "replace_with": "dog"}, "base", 3),  # c, ∅, a
+        ({"erase": "hat", "from": "cowboy"}, "base", 3),  # s = a, ∅, c
+        ({"erase": "hat", "from": "cowboy", "replace_with": "man"}, "base", 4),  # s, ∅, c, a
+        ({"erase": "cat"}, "edited", 3 * (2 + 2)),  # teacher and student, at steps 0, 2 and 4
+        ({"erase": "hat", "from": "cowboy"}, "edited", 3 * (3 + 2)),
+    ],
+)
+def test_passes_are_those_that_the_trainer_counts(
+    concept: dict[str, str], x_t: str, concepts: int, tmp_path: Path
+) -> None:
+    recipe = recipe_of(
+        save_tiny(tmp_path),
+        concepts=concept,
+        preserve=["", "a dog"],
+        x_t=x_t,
+        refresh_every=2,
+        steps=5,
+        trajectories=2,
+        trajectory_steps=3,
+        batch_size=2,
+    )
+    passes = count_passes(recipe)
+    assert passes.concepts == 2 * 3 * concepts
+    patch = train(recipe, load_base(recipe.base, device="cpu"))
+    assert passes.total == patch.info["cost"]["forward_passes"]
+
+
+def test_default_preserve_list_is_counted() -> None:
+    assert count_passes(recipe_of(SD15, preserve=None)).preservation > 20 * 2 * 10
+
+
+def adapted_unet(device: str) -> Any:
+    pipe = tiny_pipeline()
+    base = StableDiffusionBase(pipe, name="tiny")
+    base.add_adapter(layers="esd-x", rank=2)
+    return base.denoiser.to(device)
+
+
+def allocated(unet: Any, *, rows: int, side: int) -> int:
+    """The most bytes that the CPU's allocator held at once in a forward and a backward pass, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        x, words = torch.zeros(rows, 4, side, side), torch.zeros(rows, 77, 32)
+        unet(x, torch.zeros(rows, dtype=torch.long), words, return_dict=False)[0].square().mean().backward()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(("checkpointing", "tolerance"), [(False, 0.001), (True, 0.1)])
+def test_memory_on_meta_is_what_the_cpu_allocates(checkpointing: bool, tolerance: float) -> None:
+    counted = step_bytes(adapted_unet("meta"), rows=4, side=32, checkpointing=checkpointing)
+    unet = adapted_unet("cpu")
+    assert counted == step_bytes(unet, rows=4, side=32, checkpointing=checkpointing)
+    unet.zero_grad()
+    assert counted == pytest.approx(allocated(unet, rows=4, side=32), rel=tolerance)
+
+
+def test_memory_follows_batch_and_checkpointing() -> None:
+    settings = {"preserve_weight": 0, "resolution": 128}
+    one, four = (make_plan(recipe_of(SD15, batch_size=b, **settings)).memory for b in (1, 4))
+    assert four.activations == pytest.approx(4 * one.activations, rel=0.05)
+    kept = make_plan(recipe_of(SD15, batch_size=4, gradient_checkpointing=True, **settings)).memory
+    assert kept.activations < four.activations / 2
+    assert four.weights == 4 * 859_520_964
+    assert four.adapters == 4 * 4 * 99_456
+    assert four.optimizer == 2 * four.adapters
+    assert four.peak == four.weights + max(four.encoders, 3 * four.adapters + four.activations)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_with_checkpointing(dtype: str) -> None:
+    settings = {"dtype": dtype, "resolution": 64, "batch_size": 1}
+    plain, kept = (make_plan(recipe_of(SD15, gradient_checkpointing=c, **settings)).memory for c in (False, True))
+    assert kept.activations < plain.activations
+
+
+def test_folder(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(prediction_type="v_prediction")
+    pipe.save_pretrained(tmp_path)
+    facts = facts_of(str(tmp_path))
+    assert (facts.family, facts.prediction_type, facts.vae_scale_factor) == ("stable-diffusion", "v_prediction", 2)
+    assert facts.text_encoder_parameters == sum(p.numel() for p in pipe.text_encoder.parameters())
+    assert facts.vae_parameters == sum(p.numel() for p in pipe.vae.parameters())
+    plan = make_plan(recipe_of(tmp_path))
+    assert plan.resolution == 16
+    base = load_base(str(tmp_path), device="cpu")
+    assert plan.modules == len(base.matched("esd-x"))
+
+
+def test_errors_of_folders(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="nowhere"):
+        make_plan(recipe_of("./nowhere"))
+    folder = save_tiny(tmp_path / "base")
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(BaseModelError, match=r"cannot read unet/config\.json: No such file") as caught:
+        make_plan(recipe_of(folder))
+    assert "\n" not in str(caught.value)
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["unet"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(BaseModelError, match="StableDiffusionPipeline has no UNet"):
+        make_plan(recipe_of(folder))
+
+
+def test_errors_of_configs(tmp_path: Path) -> None:
+    config = save_tiny(tmp_path) / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"down_block_types": ["NoSuchBlock"]}))
+    with pytest.raises(BaseModelError, match="cannot be built from its config"):
+        make_plan(recipe_of(tmp_path))
+    config.write_text("{")
+    with pytest.raises(BaseModelError, match=r"cannot read unet/config\.json"):
+        make_plan(recipe_of(tmp_path))
+
+
+def test_errors_of_layers_and_rank(tmp_path: Path) -> None:
+    tiny_pipeline(cross_attention=False).save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match=r"match nothing.*no attention"):
+        make_plan(recipe_of(tmp_path))
+    with pytest.raises(RecipeError, match="rank"):
+        recipe_of(SD15, rank=0)
+    with pytest.raises(RecipeError, match="at most 320"):
+        make_plan(recipe_of(SD15, rank=321))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [EntryNotFoundError("404: no such entry\nUrl: …"), LocalEntryNotFoundError("offline"), ConnectionError("no route")],
+)
+def test_hub_id(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny(tmp_path)
+    asked: list[str] = []
+
+    def download(name: str, file: str, *, revision: str | None) -> str:
+        asked.append(file)
+        if revision == "gone":
+            raise error
+        return str(folder / file)
+
+    monkeypatch.setattr("esd_lora.bases._from_hub", lambda name, revision: folder / "model_index.json")
+    monkeypatch.setattr("esd_lora.bases.facts.hf_hub_download", download)
+    assert make_plan(recipe_of("someone/tiny")).modules == 16
+    assert all(file.endswith("config.json") for file in asked)
+    with pytest.raises(BaseModelError, match=r"someone/tiny: cannot read unet/config\.json") as caught:
+        make_plan(recipe_of("someone/tiny", revision="gone"))
+    assert "\n" not in str(caught.value)
