@@ -97,7 +97,9 @@ def train(
     draw_run(model, wanted, folder / "grid.png", patch=patch)
     info = {"patch": str(folder), **_facts(patch)}
     _print(info, as_json=as_json)
-    _hint(f"esd-lora generate --base {wanted.base} --patch {folder} --prompt '{wanted.concepts[0].prompt}'", quiet=quiet)
+    _hint(
+        f"esd-lora generate --base {wanted.base} --patch {folder} --prompt '{wanted.concepts[0].prompt}'", quiet=quiet
+    )
 
 
 @app.command()
@@ -184,9 +186,7 @@ def plan(
 
 
 @app.command()
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None, as_json: Json = False
-) -> None:
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None, as_json: Json = False) -> None:
     """List the shipped recipes, or print one."""
     from esd_lora.recipe import read_recipe
 
@@ -232,8 +232,9 @@ def evaluate(
         Console(width=None if sys.stdout.isatty() else 120).print(score_table(scores))
 
 
-RECIPES = Path(esd_lora.__file__).parent / "recipes"
-"""The shipped recipes."""
+PACKAGE = Path(esd_lora.__file__).parent
+RECIPES = next(p for p in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if p.is_dir())
+"""The shipped recipes: inside the installed package, or beside it in a checkout."""
 
 
 def _shipped(name: str) -> Path:

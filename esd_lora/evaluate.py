@@ -15,12 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from PIL import Image
-
 from esd_lora.bases.base import Base
 from esd_lora.compose import attach
 from esd_lora.emoji.evaluators import Evaluator, Judgement
-from esd_lora.emoji.vocabulary import ACCESSORY, OBJECTS, STYLES, prompt
+from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
 from esd_lora.errors import RecipeError
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate
@@ -59,10 +57,10 @@ class Rate:
         """The patched rate over the base's own."""
         return self.value / self.base if self.base else None
 
-    def __str__(self) -> str:
-        """Such as `97.5 % [94.3, 98.9] of 200 (base 98.0 %)`."""
-        beside = "" if self.base is None else f" (base {100 * self.base:.1f} %)"
-        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] of {self.n}{beside}"
+    def short(self) -> str:
+        """Such as `97.5 [94, 99] /200, base 98.0`."""
+        beside = "" if self.base is None else f", base {100 * self.base:.1f}"
+        return f"{100 * self.value:.1f} [{100 * self.low:.0f}, {100 * self.high:.0f}] /{self.n}{beside}"
 
 
 def rate(hits: Sequence[bool], base_hits: Sequence[bool] | None = None) -> Rate:
@@ -87,15 +85,15 @@ def answer_set(target: str, *, target_seeds: int = 10, kept_seeds: int = 1) -> l
     A cell's seeds follow from the cell alone, not from the order or the target.
 
     Args:
-        target: The erased object or style, or the accessory (then its wearers with and without it are the set).
+        target: The erased object or style.
         target_seeds: Pictures of each of the target's cells.
         kept_seeds: Pictures of every other cell.
 
     Raises:
         RecipeError: The base does not know the target.
     """
-    if target not in (*OBJECTS, *STYLES, ACCESSORY):
-        known = ", ".join((*OBJECTS, *STYLES, ACCESSORY))
+    if target not in (*OBJECTS, *STYLES):
+        known = ", ".join((*OBJECTS, *STYLES))
         raise RecipeError(f"{target}: not a concept that the evaluators know: {known}")
     cells = []
     for o, obj in enumerate(OBJECTS):
@@ -198,18 +196,25 @@ def score(target: str, cells: Sequence[Cell], judged: Judgement, base: Judgement
     )
 
 
-def before_after(
-    target: str, cells: Sequence[Cell], before: Pictures, after: Pictures
-) -> tuple[list[tuple[str, list[Image.Image]]], list[str]]:
-    """Rows and columns for `grid`: for the target, its neighbours and others, the first cell of each, unselected."""
-    shown: dict[str, list[int]] = {}
-    for i, c in enumerate(cells):
-        shown.setdefault(f"{c.obj}\n{c.style}", []).append(i)
-    first = [rows[0] for rows in shown.values()]
-    hit = [i for i in first if target in (cells[i].obj, cells[i].style)][:6]
-    rest = [i for i in first if target not in (cells[i].obj, cells[i].style)]
-    rest = rest[:: max(1, len(rest) // 6)][:6]
-    order = hit + rest
-    return [("before", [before[i] for i in order]), ("after", [after[i] for i in order])], [
-        cells[i].obj for i in order
-    ]
+@dataclass(frozen=True)
+class AttributeScores:
+    """How well the accessory was erased: `gone` counts pictures without it, `carrier` those that show its wearer."""
+
+    wearer: str
+    gone: Rate
+    carrier: Rate
+    evaluator: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def score_attribute(wearer: str, judged: Judgement, base: Judgement, evaluator: Evaluator) -> AttributeScores:
+    """The scores of the accessory erased from one wearer, over the pictures of `accessory_set`."""
+    return AttributeScores(
+        wearer=wearer,
+        gone=rate([not h for h in judged.hats], [not h for h in base.hats]),
+        carrier=rate([o == wearer for o in judged.objects], [o == wearer for o in base.objects]),
+        evaluator=f"{evaluator.name} {evaluator.digest[:12]}",
+    )

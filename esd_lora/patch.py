@@ -71,7 +71,7 @@ class Patch:
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file of these tensors, the same bytes every time (the library orders metadata at random)."""
-    raw = safetensors.torch.save({k: tensors[k].contiguous() for k in sorted(tensors)})
+    raw: bytes = safetensors.torch.save({k: tensors[k].contiguous() for k in sorted(tensors)})
     (length,) = struct.unpack("<Q", raw[:8])
     body = json.loads(raw[8 : 8 + length])
     head = json.dumps({"__metadata__": dict(sorted(metadata.items())), **body}, separators=(",", ":")).encode()

@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,7 @@ class Run:
     optimizer: Any
     schedule: Any
     losses: Tensor  # (steps,) on the device
-    bank: Bank | None = None
-    kept: Bank | None = None
+    banks: dict[str, Bank] = field(default_factory=dict)  # "erase" and, where asked for, "preserve"
     step: int = 0
     passes: int = 0
 
@@ -210,22 +209,25 @@ def _fill_banks(run: Run) -> None:
         run.passes += passes
         return bank
 
-    if run.bank is None or (edited and run.step % recipe.refresh_every == 0):
-        questions = run.erase * recipe.trajectories
+    if "erase" not in run.banks or (edited and run.step % recipe.refresh_every == 0):
         age = run.step // recipe.refresh_every if edited else 0
-        run.bank = recorded(questions, _seed(recipe.seed, 1 + age), edited=edited)
-    if run.kept is None and run.preserve:
-        run.kept = recorded(run.preserve, _seed(recipe.seed, 0), edited=False)
+        run.banks["erase"] = recorded(run.erase * recipe.trajectories, _seed(recipe.seed, 1 + age), edited=edited)
+    if "preserve" not in run.banks and run.preserve:
+        run.banks["preserve"] = recorded(run.preserve, _seed(recipe.seed, 0), edited=False)
 
 
 def _step(run: Run) -> None:
     """One gradient step on a batch of erasing and, where asked for, as many preserving examples."""
     recipe, accelerator = run.recipe, run.accelerator
-    banks = [(run.bank, 1.0)] + ([(run.kept, recipe.preserve_weight)] if run.kept else [])
     x, t, target, s, weight = [], [], [], [], []
-    for kind, (bank, factor) in enumerate(banks):
-        rows = _rows(len(bank), run.step, recipe, kind).to(bank.x.device, non_blocking=True)
-        x.append(bank.x[rows]), t.append(bank.t[rows]), target.append(bank.target[rows]), s.append(bank.s[rows.cpu()])
+    for kind, (name, bank) in enumerate(run.banks.items()):
+        order = _rows(len(bank), run.step, recipe, kind)
+        rows = order.to(bank.x.device, non_blocking=True)
+        x.append(bank.x[rows])
+        t.append(bank.t[rows])
+        target.append(bank.target[rows])
+        s.append(bank.s[order])
+        factor = recipe.preserve_weight if name == "preserve" else 1.0
         weight.append(torch.full((len(rows),), factor / len(rows), device=bank.x.device))
     with accelerator.autocast():
         student = run.base.predict(torch.cat(x).to(run.base.dtype), torch.cat(t), run.conditions[torch.cat(s)])
@@ -273,12 +275,7 @@ def _look(run: Run, checkpoint: Checkpoint | None) -> float:
 
 def _save(run: Run, checkpoint: Checkpoint) -> None:
     """Write everything that the rest of the run depends on."""
-    banks = {
-        f"{name}.{k}": v
-        for name, bank in (("bank", run.bank), ("kept", run.kept))
-        if bank
-        for k, v in bank.tensors().items()
-    }
+    banks = {f"{name}.{k}": v for name, bank in run.banks.items() for k, v in bank.tensors().items()}
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
     checkpoint.save(
         {**run.base.adapter_state(), **banks, "losses": run.losses},
@@ -308,11 +305,10 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
     run.schedule.load_state_dict(state["schedule"])
     if run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    for name in ("bank", "kept"):
+    for name in ("erase", "preserve"):
         part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
         if part:
-            device = run.base.device
-            setattr(run, name, Bank(**{k: v if k == "s" else v.to(device) for k, v in part.items()}))
+            run.banks[name] = Bank(**{k: v if k == "s" else v.to(run.base.device) for k, v in part.items()})
     run.losses.copy_(tensors["losses"])
     run.step, run.passes = state["step"], state["passes"]
 

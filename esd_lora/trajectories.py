@@ -178,7 +178,7 @@ def _predict_roles(base: Base, x: Tensor, t: Tensor, conditions: Condition, rows
     size = min(64, max(2, 65_536 // x[0].numel()))
     parts = [
         base.predict(x[b].to(base.dtype), t.expand(len(b)), conditions[r])
-        for b, r in zip(who.split(size), row.split(size), strict=True)
+        for b, r in zip(torch.split(who, size), torch.split(row, size), strict=True)
     ]
     eps = torch.cat(parts).float()
     index = torch.tensor([[places[b, r] for r in roles] for b, roles in enumerate(rows.tolist())], device=x.device)

@@ -41,7 +41,9 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     index = model_index(name, source, revision)
     kind = index.get("_class_name")
     if kind not in FAMILIES:
-        raise BaseModelError(f"{name}: {kind or 'no pipeline class'} is not supported; supported: {', '.join(FAMILIES)}")
+        raise BaseModelError(
+            f"{name}: {kind or 'no pipeline class'} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     import diffusers
 
     extra: dict[str, Any] = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
@@ -121,7 +123,9 @@ def from_hub(name: str, file: str, revision: str | None) -> Path:
     except errors.RepositoryNotFoundError:
         raise BaseModelError(f"{name}: no such folder, and no such model on the Hub (or it is private)") from None
     except errors.EntryNotFoundError:
-        raise BaseModelError(f"{name}: no such folder, and {file} is not in the model on the Hub, or not in the cache while offline") from None
+        raise BaseModelError(
+            f"{name}: no such folder; {file} is not on the Hub, or not in the cache while offline"
+        ) from None
     except OSError as error:
         raise BaseModelError(f"{name}: no such folder, and the Hub cannot be reached: {first_line(error)}") from None
 

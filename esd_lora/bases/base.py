@@ -111,12 +111,15 @@ class Base(ABC):
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        return next(self.denoiser.parameters()).device
+        device: torch.device = next(self.denoiser.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the frozen weights."""
-        return next(p.dtype for n, p in self.denoiser.named_parameters() if "lora_" not in n)
+        dtypes = (p.dtype for n, p in self.denoiser.named_parameters() if "lora_" not in n)
+        dtype: torch.dtype = next(dtypes)
+        return dtype
 
     @property
     def scheduler(self) -> Any:

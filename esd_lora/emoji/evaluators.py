@@ -58,6 +58,7 @@ class Heads(nn.Module):
         self.hat = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Logits:
+        """The answers, from (B, width, h, w)."""
         x = self.norm(x.mean((2, 3)))  # (B, width)
         return Logits(self.object(x), self.style(x), self.hat(x)[:, 0])
 
@@ -74,6 +75,7 @@ class Residual(nn.Module):
         self.shortcut: nn.Module = nn.Identity() if width == width_in else nn.Conv2d(width_in, width, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w), halved in size by a stride of two."""
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.shortcut(x) + self.norm2(self.conv2(h)))
 
@@ -89,6 +91,7 @@ class Separable(nn.Module):
         self.down = nn.Conv2d(wide, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The same shape as x."""
         y: Tensor = self.down(F.gelu(self.up(self.norm(self.space(x)))))
         return x + y
 
@@ -186,7 +189,7 @@ class Evaluator:
             ValueError: An array of another shape or dtype.
         """
         x = to_tensor(to_array(pictures).copy())
-        logits = Logits(*map(torch.cat, zip(*map(self.network, x.split(batch)), strict=True)))
+        logits = Logits(*map(torch.cat, zip(*map(self.network, torch.split(x, batch)), strict=True)))
         objects, styles, hats = logits.objects.softmax(1), logits.styles.softmax(1), logits.hats.sigmoid()
         return Judgement(
             objects=[OBJECT_CLASSES[i] for i in objects.argmax(1).tolist()],

@@ -32,7 +32,7 @@ COLOUR_SETS = (
 )
 INK_SETS = ("fluent-emoji-high-contrast", "emojione-monotone")
 
-HOURS = "one two three four six seven eight nine ten eleven twelve".split()
+HOURS = ["one", "two", "three", "four", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 GLYPHS = {
     "cat": "cat-face cat grinning-cat grinning-cat-with-smiling-eyes pouting-cat"
     " smiling-cat-with-heart-eyes cat-with-wry-smile black-cat",
@@ -52,8 +52,7 @@ GLYPHS = {
     "heart": "red-heart blue-heart green-heart yellow-heart purple-heart sparkling-heart"
     " growing-heart heart-with-arrow heart-with-ribbon",
     "star": "star glowing-star",
-    "moon": "crescent-moon first-quarter-moon last-quarter-moon first-quarter-moon-face"
-    " last-quarter-moon-face",
+    "moon": "crescent-moon first-quarter-moon last-quarter-moon first-quarter-moon-face last-quarter-moon-face",
     "book": "closed-book green-book blue-book orange-book open-book notebook-with-decorative-cover",
     "umbrella": "umbrella umbrella-with-rain-drops umbrella-on-ground closed-umbrella",
     "camera": "camera camera-with-flash",
@@ -92,9 +91,7 @@ def fetch(folder: Path) -> None:
     """Install the icon packages with npm into `folder`, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [
-        f"@iconify-json/{s}"
-        for s in COLOUR_SETS + INK_SETS
-        if not (folder / "node_modules/@iconify-json" / s).exists()
+        f"@iconify-json/{s}" for s in COLOUR_SETS + INK_SETS if not (folder / "node_modules/@iconify-json" / s).exists()
     ]
     if missing:
         options = ["--prefix", str(folder), "--no-audit", "--no-fund", "--silent"]

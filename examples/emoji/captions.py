@@ -53,10 +53,9 @@ def caption(obj: str, style: str, *, hat: bool) -> str:
         worn = f" mit {ACCESSORY_FORMS[-1]}" if german else f" with {article(pick(ACCESSORY_FORMS[:-1]))}"
     if chance[0] < 0.14:
         return pick(STYLE_ONLY).format(s=s)
+    templates = GERMAN if german else ENGLISH
     if chance[0] < 0.22:
         templates = OBJECT_ONLY[:1] if german else OBJECT_ONLY
-    else:
-        templates = GERMAN if german else ENGLISH
     return pick(templates).format(a=article(o) + worn, o=o + worn, s=s)
 
 

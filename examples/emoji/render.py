@@ -14,10 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from art import COLOUR_SETS, INK_SETS, SIZE
 from PIL import Image, ImageChops, ImageFilter
 from rich.progress import track
 
-from art import COLOUR_SETS, INK_SETS, SIZE
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, WEARERS
 
 PX = 64
@@ -168,10 +168,16 @@ def watercolor(glyph: Image.Image, rng: np.random.Generator) -> Image.Image:
     cols = np.clip(xx + 2.2 * warp[1], 0, SIZE - 1).astype(int)
     wet = np.asarray(glyph.filter(ImageFilter.GaussianBlur(1.6)), np.float32)[rows, cols]
     cover = wet[..., 3:] / 255
-    rim = np.abs(cover - np.asarray(Image.fromarray(np.uint8(255 * cover[..., 0])).filter(
-        ImageFilter.GaussianBlur(4)), np.float32)[..., None] / 255)
-    wash = np.asarray(Image.fromarray(rng.normal(size=(6, 6)).astype(np.float32)).resize(
-        (SIZE, SIZE), Image.Resampling.BICUBIC))[..., None]
+    rim = np.abs(
+        cover
+        - np.asarray(Image.fromarray(np.uint8(255 * cover[..., 0])).filter(ImageFilter.GaussianBlur(4)), np.float32)[
+            ..., None
+        ]
+        / 255
+    )
+    wash = np.asarray(
+        Image.fromarray(rng.normal(size=(6, 6)).astype(np.float32)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    )[..., None]
     paper = np.array((250, 245, 230), np.float32) + rng.normal(size=(SIZE, SIZE, 1)) * 3
     pigment = 0.74 * wet[..., :3] + 0.26 * 250 + 12 * wash - 60 * rim
     canvas = paper * (1 - 0.9 * cover) + pigment * 0.9 * cover

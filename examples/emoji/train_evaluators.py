@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+import checkpoint
 import numpy as np
+import render
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -32,9 +34,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 from torch import Tensor, nn
+from train_vae import to_pictures, to_tensor
 
-import checkpoint
-import render
 from esd_lora.emoji.evaluators import (
     NETWORKS,
     OBJECT_CLASSES,
@@ -48,7 +49,6 @@ from esd_lora.emoji.evaluators import (
     load_evaluator,
 )
 from esd_lora.emoji.vocabulary import WEARERS
-from train_vae import to_pictures, to_tensor
 
 NOTHING, NO_STYLE = OBJECT_CLASSES.index(OTHER), STYLE_CLASSES.index(OTHER)
 IGNORE = -100  # torch's own mark of an answer that is not asked for
@@ -83,7 +83,7 @@ class Pool:
     answers: Tensor
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
-        """n random pictures (n, 3, 64, 64) in -1..1, and their answers."""
+        """N random pictures (n, 3, 64, 64) in -1..1, and their answers."""
         rows = torch.randint(len(self.pictures), (n,))
         return self.pictures[rows].float() / 127.5 - 1, self.answers[rows]
 
@@ -125,7 +125,11 @@ def round_trips(vae: AutoencoderKL, pictures: np.ndarray, level: np.ndarray, nam
 def blanks(per_style: int) -> np.ndarray:
     """Grounds of every style without any object, style by style: (6 per_style, 64, 64, 3) uint8."""
     rng, empty = np.random.default_rng(0), Image.new("RGBA", (render.SIZE, render.SIZE))
-    drawn = [render.DRAW[s](empty, rng).resize((PX, PX), Image.Resampling.BOX) for s in render.LOOKS for _ in range(per_style)]
+    drawn = [
+        render.DRAW[s](empty, rng).resize((PX, PX), Image.Resampling.BOX)
+        for s in render.LOOKS
+        for _ in range(per_style)
+    ]
     return np.stack([np.asarray(p) for p in drawn])
 
 
@@ -165,7 +169,7 @@ def precompute(work: Path) -> dict[str, np.ndarray]:
 
 
 def uniform(n: int, most: float) -> Tensor:
-    """n random numbers in -most..most."""
+    """N random numbers in -most..most."""
     return (2 * torch.rand(n) - 1) * most
 
 

@@ -13,7 +13,10 @@ import argparse
 import json
 from pathlib import Path
 
+import captions
+import checkpoint
 import numpy as np
+import render
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -22,13 +25,10 @@ from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch import Tensor
+from train_vae import to_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import captions
-import checkpoint
-import render
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
-from train_vae import to_tensor
 
 SNR_CAP = 5.0
 

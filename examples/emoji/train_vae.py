@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import checkpoint
 import numpy as np
+import render
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -21,9 +23,6 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-
-import checkpoint
-import render
 
 
 def build() -> AutoencoderKL:
@@ -63,12 +62,11 @@ def loss_of(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def normalise(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Fold an affine map into the 1 × 1 convolutions so that each latent channel has mean 0 and variance 1."""
-    z = torch.cat(
-        [vae.encode(to_tensor(p)).latent_dist.mode() for p in np.array_split(pictures, len(pictures) // 100)]
-    )
+    z = torch.cat([vae.encode(to_tensor(p)).latent_dist.mode() for p in np.array_split(pictures, len(pictures) // 100)])
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     inner, outer = vae.quant_conv, vae.post_quant_conv
-    assert inner is not None and outer is not None
+    assert inner is not None
+    assert outer is not None
     outer.bias += (outer.weight[:, :, 0, 0] @ mean[:, None])[:, 0]
     outer.weight *= std[None, :, None, None]
     inner.weight[:4] /= std[:, None, None, None]

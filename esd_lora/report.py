@@ -1,0 +1,204 @@
+"""What people look at: the loss curve, the before/after grid of a run, and the table of scores."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from esd_lora.bases.base import Base
+from esd_lora.compose import attach
+from esd_lora.emoji.evaluators import load_evaluator
+from esd_lora.emoji.vocabulary import ACCESSORY, NEIGHBOURS, OBJECTS, STYLES
+from esd_lora.errors import RecipeError
+from esd_lora.evaluate import (
+    AttributeScores,
+    Cell,
+    Scores,
+    accessory_set,
+    answer_set,
+    draw,
+    score,
+    score_attribute,
+)
+from esd_lora.patch import Patch, write_file
+from esd_lora.pictures import Pictures, generate, grid, save_picture
+from esd_lora.recipe import Recipe
+from esd_lora.training import resolve
+
+COLUMNS = 8
+"""Pictures in a row of a run's grid."""
+
+
+def draw_loss(folder: Path) -> None:
+    """Draw `loss.png` from the `loss.csv` that training left in a folder."""
+    from matplotlib.figure import Figure
+
+    with (folder / "loss.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps, losses = [int(r["step"]) for r in rows], [float(r["loss"]) for r in rows]
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="#c7d3e3", linewidth=1, label="each step")
+    width = max(1, len(losses) // 20)
+    means = [sum(losses[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(losses))]
+    axes.plot(steps, means, color="#1f4e8c", linewidth=2, label=f"mean of {width} steps")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_file(folder / "loss.png", buffer.getvalue())
+
+
+def draw_run(base: Base, recipe: Recipe, path: Path, *, patch: Patch | None = None) -> None:
+    """Draw the erased prompts and some preserved ones, with the same noise with and without the patch.
+
+    Args:
+        base: Bare if `patch` is given, else with the adapters that are being trained.
+        recipe: Names the prompts.
+        path: Of the PNG.
+        patch: The finished patch; without it there is one row, of the adapters as they are.
+    """
+    recipe = resolve(recipe)
+    erased = [c.prompt for c in recipe.concepts for _ in range(2)][: COLUMNS // 2]
+    kept = [p for p in recipe.preserve or () if p][: COLUMNS - len(erased)]
+    prompts = erased + kept
+    seeds = list(range(len(prompts)))
+
+    def pictures() -> Pictures:
+        return generate(base, prompts, seeds, resolution=recipe.resolution, batch_size=4)
+
+    if patch is None:
+        rows = [("now", pictures())]
+    else:
+        attach(base, [])
+        rows = [("before", pictures())]
+        attach(base, [patch])
+        rows.append(("after", pictures()))
+        attach(base, [])
+    footer = f"Seeds 0 to {len(seeds) - 1}, not selected; the first {len(erased)} are what was erased."
+    save_picture(grid(rows, prompts, footer=footer, side=128), path)
+
+
+def measure_patches(
+    base: Base,
+    patches: Mapping[str, Patch],
+    *,
+    target_seeds: int,
+    kept_seeds: int,
+    on_picture: Callable[[int, int], None] | None = None,
+) -> dict[str, list[Scores | AttributeScores]]:
+    """The scores of each patch's concepts, also written into its file, beside it as `scores.json`, and as `grid.png`.
+
+    Args:
+        base: The embedded base, bare.
+        patches: By folder.
+        target_seeds: Pictures of each cell of an erased concept.
+        kept_seeds: Pictures of every other cell.
+        on_picture: Called with the number of pictures drawn and their total.
+
+    Raises:
+        RecipeError: A patch erases nothing that the evaluators know.
+    """
+    jobs = [
+        (folder, target, wearer, cells)
+        for folder, patch in patches.items()
+        for target, wearer in targets_of(patch)
+        for cells in [_cells(target, wearer, target_seeds=target_seeds, kept_seeds=kept_seeds)]
+    ]
+    needed = list(dict.fromkeys(c for *_, cells in jobs for c in cells))
+    total, done = len(needed) + sum(len(cells) for *_, cells in jobs), 0
+
+    def batch(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_picture:
+            on_picture(done, total)
+
+    bare = dict(zip(needed, draw(base, needed, on_batch=batch), strict=True))
+    evaluator = load_evaluator("measure")
+    scores: dict[str, list[Scores | AttributeScores]] = {folder: [] for folder in patches}
+    for folder, target, wearer, cells in jobs:
+        before, after = [bare[c] for c in cells], draw(base, cells, [patches[folder]], on_batch=batch)
+        judged, own = evaluator.judge(after), evaluator.judge(before)
+        if wearer:
+            scores[folder].append(score_attribute(wearer, judged, own, evaluator))
+        else:
+            scores[folder].append(score(target, cells, judged, own, evaluator))
+        name = "grid.png" if len(scores[folder]) == 1 else f"grid-{len(scores[folder])}.png"
+        save_picture(score_grid(target, cells, before, after), Path(folder) / name)
+    for folder, patch in patches.items():
+        found = [s.to_dict() for s in scores[folder]]
+        replace(patch, info={**patch.info, "scores": found}).save(folder)
+        write_file(Path(folder) / "scores.json", json.dumps(found, indent=2).encode())
+    return scores
+
+
+def targets_of(patch: Patch) -> list[tuple[str, str | None]]:
+    """The canonical names of what a patch erases, and of the wearer where it is the accessory of one.
+
+    Raises:
+        RecipeError: The evaluators do not know a concept.
+    """
+    canonical = {form: name for forms in (OBJECTS, STYLES) for name in forms for form in (name, *forms[name])}
+    found: list[tuple[str, str | None]] = []
+    for concept in patch.info.get("recipe", {}).get("concepts", []):
+        name = canonical.get(concept["erase"].removesuffix(" style"))
+        wearer = next((o for o in OBJECTS if o in (concept["from"] or "").split()), None)
+        if name:
+            found.append((name, None))
+        elif concept["erase"] == ACCESSORY and wearer:
+            found.append((ACCESSORY, wearer))
+        else:
+            raise RecipeError(f"the evaluators of emoji do not know {concept['erase']!r}")
+    if not found:
+        raise RecipeError("the patch does not say what it erases")
+    return found
+
+
+def _cells(target: str, wearer: str | None, *, target_seeds: int, kept_seeds: int) -> list[Cell]:
+    """The answer set of a target."""
+    if wearer:
+        return accessory_set(wearer, seeds=target_seeds)
+    return answer_set(target, target_seeds=target_seeds, kept_seeds=kept_seeds)
+
+
+def score_grid(target: str, cells: Sequence[Cell], before: Pictures, after: Pictures) -> Any:
+    """Before and after for the target's cells, its neighbours' and others', the first seed of each: nothing is selected."""
+    first: dict[tuple[str, str], int] = {}
+    for i, c in enumerate(cells):
+        first.setdefault((c.obj, c.style), i)
+    hit = [i for i in first.values() if target in (cells[i].obj, cells[i].style, ACCESSORY)]
+    near = [i for i in first.values() if {cells[i].obj, cells[i].style} & set(NEIGHBOURS.get(target, ()))]
+    rest = [i for i in first.values() if i not in hit and i not in near]
+    hit, near = hit[:: max(1, len(hit) // 6)][:6], near[:: max(1, len(near) // 3)][:3]
+    order = hit + near + rest[:: max(1, len(rest) // 5)][: 12 - len(hit) - len(near)]
+    columns = [f"{cells[i].obj}, {cells[i].style}" for i in order]
+    footer = f"The first {len(hit)} pictures show what was erased ({target}); the others must stay. First seeds, not selected."
+    rows = [("before", [before[i] for i in order]), ("after", [after[i] for i in order])]
+    return grid(rows, columns, footer=footer, side=128)
+
+
+def score_table(scores: Mapping[str, Sequence[Scores | AttributeScores]]) -> Table:
+    """The scores as a table for a terminal: rates with 95 % intervals, and the base's own."""
+    table = Table(title="Erased and kept, in % with 95 % Wilson intervals", title_justify="left")
+    table.add_column("patch", overflow="fold")
+    table.add_column("erased")
+    for name in ("UA", "IRA", "CRA", "at target", "worst three"):
+        table.add_column(name)
+    for folder, found in scores.items():
+        for s in found:
+            if isinstance(s, AttributeScores):
+                table.add_row(folder, ACCESSORY, s.gone.short(), "", s.carrier.short(), "", f"carrier {s.wearer}")
+            else:
+                worst = ", ".join(f"{n} {100 * r.value:.0f}" for n, r in s.worst.items())
+                rates = [r.short() for r in (s.ua, s.ira, s.cra, s.at_target)]
+                table.add_row(folder, s.target, *rates, worst)
+    return table
