@@ -1,0 +1,351 @@
+"""The command line: what it prints, what it leaves, and one line and an exit code for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny import save_tiny, tiny_pipeline
+
+import esd_lora
+from esd_lora import cli, training
+from esd_lora.errors import TrainingError
+from esd_lora.patch import FILE_NAME, Patch, load_patch
+from esd_lora.recipe import load_recipe
+
+
+@dataclass
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `esd-lora` with these arguments, in this process."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["esd-lora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        code = caught.value.code
+        return Result(code if isinstance(code, int) else 0 if code is None else 1, captured.out, captured.err)
+
+    return run
+
+
+SHORT = [
+    *("--set", "steps=3", "--set", "trajectories=1", "--set", "trajectory_steps=2", "--set", "preserve=[dog]"),
+    *("--set", "batch_size=2"),
+]
+
+
+# ---- what it is for ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["recipes"], ["--version"], ["train", "no-such-recipe"]], ids=str
+)
+def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv = ['esd-lora', *{arguments}]\nfrom esd_lora.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "sys.exit(3 if {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr
+
+
+def test_importing_the_package_is_free_and_its_names_are_there() -> None:
+    assert esd_lora.__all__ == sorted(esd_lora.__all__)
+    assert all(getattr(esd_lora, name).__name__ == name for name in esd_lora.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'erase'"):
+        _ = esd_lora.erase
+
+
+def test_version_is_the_packages(call: Call) -> None:
+    result = call("--version")
+    assert (result.code, result.out) == (0, f"esd_lora {esd_lora.__version__}\n")
+    alone = call()
+    assert "Usage" in alone.out + alone.err
+
+
+def test_train_leaves_patch_curve_and_grid_and_prints_json(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+    result = call(
+        *("train", "--base", tiny_folder, "--erase", "hat", "--from", "cowboy", *SHORT),
+        *("--set", "sample_every=2", "--seed", 7, "--out", "run", "--json"),
+    )
+    assert (result.code, result.err) == (0, "")
+    info = json.loads(result.out)
+    assert info["patch"] == "run"
+    assert info["erases"] == ["hat from cowboy"]
+    assert (info["base"], info["layers"], info["modules"], info["rank"]) == (str(tiny_folder), "esd-x", 16, [4])
+    assert info["parameters"] == 16 * 4 * (32 + 32)
+    names = {p.name for p in Path("run").iterdir()}
+    assert names == {
+        *(FILE_NAME, "recipe.yaml", "loss.csv", "run.yaml"),
+        *("loss.png", "grid.png", "sample-00002.png"),
+    }
+    recipe = load_recipe("run/recipe.yaml")
+    assert (recipe.steps, recipe.seed, recipe.preserve) == (3, 7, ("dog",))
+    assert load_patch("run").info["recipe"] == recipe.to_dict()
+    with Image.open("run/grid.png") as grid:
+        assert grid.height > 2 * 128  # before and after
+    with Image.open("run/sample-00002.png") as sample:
+        assert 128 < sample.height < 2 * 128  # as it is now
+
+
+def test_train_takes_a_recipe_and_options_win(call: Call, tiny_folder: Path) -> None:
+    Path("cat.yaml").write_text(
+        f"base: {tiny_folder}\nconcepts: cat\nsteps: 2\ntrajectories: 1\ntrajectory_steps: 2\npreserve: [dog]\nrank: 2\n"
+    )
+    result = call("train", "cat.yaml", "--set", "rank=3", "--erase", "dog", "--replace-with", "a bird", "-q")
+    assert (result.code, result.err) == (0, "")
+    assert load_patch("runs/dog").info["recipe"]["concepts"] == [
+        {"erase": "dog", "from": None, "replace_with": "a bird"}
+    ]
+    assert set(load_patch("runs/dog").ranks.values()) == {3}
+    again = call("train", "cat.yaml", "--set", "rank=3", "--erase", "dog", "--replace-with", "a bird", "--resume", "-q")
+    assert (again.code, again.err) == (0, "")
+
+
+def test_generate_makes_the_same_noise_with_and_without_a_patch(
+    call: Call, tiny_folder: Path, patch_folder: Path
+) -> None:
+    common = ["generate", "--base", tiny_folder, "--prompt", "cat", "--prompt", "dog", "-n", 2, "--steps", 3]
+    without = call(*common, "--out", "without", "--json", "--seed", 5)
+    assert (without.code, without.err) == (0, "")
+    rows = json.loads(without.out)["pictures"]
+    assert [(r["prompt"], r["seed"]) for r in rows] == [("cat", 5), ("cat", 6), ("dog", 5), ("dog", 6)]
+    assert sorted(p.name for p in Path("without").iterdir()) == [*(f"{k:04}.png" for k in range(4)), "grid.png"]
+    call(*common, "--out", "zero", "--seed", 5, "--patch", f"{patch_folder}:0")
+    call(*common, "--out", "with", "--seed", 5, "--patch", patch_folder)
+    first = {name: Path(name, "0000.png").read_bytes() for name in ("without", "zero", "with")}
+    assert first["zero"] == first["without"] != first["with"]
+
+
+def test_show_tells_what_a_patch_is(call: Call, patch_folder: Path) -> None:
+    told = call("show", patch_folder)
+    assert (told.code, told.err) == (0, "")
+    lines = dict(line.strip().split(maxsplit=1) for line in told.out.splitlines())
+    assert (lines["erases"], lines["layers"], lines["rank"], lines["modules"]) == ("cat", "esd-x", "2", "16")
+    info = json.loads(call("show", patch_folder, "--json").out)
+    assert info["recipe"]["concepts"][0]["erase"] == "cat"
+    assert info["forward_passes"] == 87
+
+
+def test_plan_counts_what_training_will_do(call: Call, tiny_folder: Path, patch: Patch) -> None:
+    Path("recipe.yaml").write_text(json.dumps(patch.info["recipe"]))  # JSON is YAML
+    plan = call("plan", "recipe.yaml", "--json")
+    assert (plan.code, plan.err) == (0, "")
+    assert json.loads(plan.out)["passes"]["total"] == patch.info["cost"]["forward_passes"]
+    assert json.loads(plan.out)["modules"] == 16
+    assert "modules" in call("plan", "--base", tiny_folder).out
+    assert not Path("runs").exists()
+
+
+def test_recipes_are_listed_and_printed(call: Call) -> None:
+    heads = json.loads(call("recipes", "--json").out)
+    assert len(heads) >= 13
+    assert all(heads.values())
+    name = next(iter(heads))
+    printed = call("recipes", name)
+    assert printed.out == (cli.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    assert heads[name] in printed.out.splitlines()[0]
+    assert "base" in json.loads(call("recipes", name, "--json").out)
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worlds(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of things that are not quite a base or a patch."""
+    folder = tmp_path_factory.mktemp("worlds")
+    tiny_pipeline(cross_attention=False).save_pretrained(folder / "no-attention")
+    (folder / "photos").mkdir()
+    (folder / "flux").mkdir()
+    (folder / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    shutil.copytree(tiny_folder, folder / "broken")
+    (folder / "broken" / "unet" / "config.json").write_text("{")
+    (folder / "file").write_text("a file")
+    return folder
+
+
+def one_error(result: Result, message: str) -> None:
+    """One line on stderr that begins so, nothing on stdout, and the exit code of a user's mistake."""
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: {message}"), result.err
+    assert result.err.count("\n") == 1
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "rnak=8"], "options: rnak: unknown key; did you mean rank?"),
+        (["--set", "rank=many"], "options: rank: input should be a valid integer, "),
+        (["--set", "rank"], "--set rank: write key=value, such as --set rank=8"),
+        (["--set", "rank=0"], "options: rank: input should be greater than or equal to 1, got 0"),
+        (["--set", "lr=.nan"], "options: lr: input should be a finite number, got nan"),
+        (["--set", "layers=esd-y"], "options: layers: input should be 'esd-x', "),
+        (["--set", "dtype=fp8"], "options: dtype: input should be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
+        (["--from", ""], "options: concepts.0.from: must not be empty"),
+        (["--from", "CAT"], "options: concepts.0: from must differ from erase, both are 'cat'"),
+        (["--replace-with", " "], "options: concepts.0.replace_with: must not be empty"),
+        (["--seed", "-1"], "options: seed: input should be greater than or equal to 0, got -1"),
+        (["--set", "rank=33"], "rank: must be at most 32, the size of down_blocks"),
+        (["--device", "toaster"], "unknown device toaster; this machine has "),
+        (["--device", "cuda:99"], "no device cuda:99 here; this machine has "),
+        (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder, nor a Hub id"),
+        (["--base", "some/where"], "some/where: no such folder; model_index.json is not on the Hub, or not in"),
+        (["--base", "{worlds}/photos"], "{worlds}/photos: no model_index.json in this folder"),
+        (["--base", "{worlds}/file"], "{worlds}/file: is a file; give a folder with a diffusers pipeline"),
+        (["--base", "{worlds}/flux"], "{worlds}/flux: FluxPipeline is not supported; supported: Stable"),
+        (["--base", "{worlds}/broken"], "{worlds}/broken: cannot load the pipeline: "),
+        (["--base", "{worlds}/no-attention"], "{worlds}/no-attention: layers esd-x match nothing in the denoiser"),
+        (["--out", "{worlds}/file/out"], "{worlds}/file/out/recipe.yaml: cannot write: Not a directory"),
+        (["--out", "{worlds}/photos/../flux"], "{worlds}/photos/../flux: not empty, and holds no run"),
+    ],
+)
+def test_train_refuses_in_one_line_and_leaves_nothing(
+    call: Call, tiny_folder: Path, worlds: Path, arguments: list[str], message: str
+) -> None:
+    before = sorted(worlds.rglob("*"))
+    given = [a.format(worlds=worlds) for a in arguments]
+    # an option that is given twice counts as it was given last
+    result = call("train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--out", "out", *given)
+    one_error(result, message.format(worlds=worlds))
+    assert list(Path().iterdir()) == []
+    assert sorted(worlds.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base", "emoji", "--erase", ""], "options: concepts.0.erase: must not be empty"),
+        (["--base", "emoji"], "name a recipe, or --base and --erase; `esd-lora recipes` lists the shipped recipes"),
+        (["--erase", "cat"], "name a recipe, or --base and --erase; "),
+        (["nothing"], "nothing: no such file and no shipped recipe; `esd-lora recipes` lists them"),
+        (["nothing.yaml"], "nothing.yaml: cannot read the recipe: No such file or directory"),
+        (["recipe.yaml", "--from", "dog"], "--from and --replace-with belong to an --erase"),
+        (["recipe.yaml", "--set", "rank=0"], "recipe.yaml: rank: input should be greater than or equal to 1, got 0"),
+    ],
+)
+def test_recipes_that_say_nothing_are_refused(call: Call, arguments: list[str], message: str) -> None:
+    Path("recipe.yaml").write_text("base: emoji\nconcepts: cat\n")
+    one_error(call("train", *arguments), message)
+    assert [p.name for p in Path().iterdir()] == ["recipe.yaml"]
+
+
+def test_all_problems_are_told_at_once(call: Call) -> None:
+    result = call("train", "--base", "emoji", "--erase", "", "--set", "rank=0", "--set", "x=1")
+    assert (result.code, result.out) == (2, "")
+    lines = result.err.splitlines()
+    assert lines[:3] == [
+        "error: options: 3 problems",
+        "  concepts.0.erase: must not be empty",
+        "  rank: input should be greater than or equal to 1, got 0",
+    ]
+    assert lines[3].startswith("  x: unknown key; known keys: base, revision, ")
+    assert len(lines) == 4  # long lines are not broken
+
+
+def test_a_folder_that_holds_another_run_is_left_as_it_was(call: Call, tiny_folder: Path, patch_folder: Path) -> None:
+    before = {p.name: p.read_bytes() for p in patch_folder.iterdir()}
+    arguments = ["train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--out", patch_folder]
+    one_error(
+        call(*arguments), f"{patch_folder}: holds another run; choose another --out, or go on with it by --resume"
+    )
+    one_error(call(*arguments, "--resume"), f"{patch_folder}: holds a run of another recipe, which this one cannot")
+    assert {p.name: p.read_bytes() for p in patch_folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", " "], "--prompt: must not be empty"),
+        (["--patch", "nowhere"], f"nowhere: no patch here; a patch is a folder with {FILE_NAME}, or such a file"),
+        (["--patch", "nowhere:0.5"], "nowhere: no patch here; "),
+        (["--patch", "{patch}:heavy"], "{patch}:heavy: the weight after the colon must be a number, got 'heavy'"),
+        (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder, nor a Hub id"),
+        (["--device", "toaster"], "unknown device toaster; this machine has "),
+        (
+            ["--base", "{worlds}/no-attention", "--patch", "{patch}"],
+            "the patch (made for {tiny}) adapts unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k, "
+            "which {worlds}/no-attention does not have",
+        ),
+        (["--out", "{worlds}/file/out"], "{worlds}/file/out/0000.png: cannot write: Not a directory"),
+    ],
+)
+def test_generate_refuses_in_one_line_and_leaves_nothing(
+    call: Call, tiny_folder: Path, worlds: Path, patch_folder: Path, arguments: list[str], message: str
+) -> None:
+    names = {"worlds": worlds, "patch": patch_folder, "tiny": tiny_folder}
+    given = [a.format(**names) for a in arguments]
+    usual = ["--base", tiny_folder, "--prompt", "cat", "--out", "out", "-n", 1, "--steps", 2]
+    one_error(call("generate", *usual, *given), message.format(**names))
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--dtype", "fp8"], ["-n", "0"], ["--seed", "-1"], ["--guidance-scale", "0"]])
+def test_generate_refuses_values_out_of_range(call: Call, tiny_folder: Path, arguments: list[str]) -> None:
+    result = call("generate", "--base", tiny_folder, "--prompt", "cat", "--out", "out", *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert arguments[0] in result.err
+    assert list(Path().iterdir()) == []
+
+
+def test_a_patch_of_other_weights_is_warned_of_in_one_line(call: Call, patch: Patch, tmp_path: Path) -> None:
+    stranger = replace(patch, info={**patch.info, "base": {"name": "sd15", "fingerprint": "0"}})
+    stranger.save("patch")
+    save_tiny(tmp_path / "base")
+    result = call(
+        "generate", "--base", "base", "--prompt", "a", "--patch", "patch", "-n", 1, "--steps", 2, "--out", "o"
+    )
+    assert result.code == 0
+    assert "".join(result.err.split()).startswith("warning:thepatchwasmadeforsd15,andtheweightsofbasediffer;")
+    assert "UserWarning" not in result.err
+
+
+def test_show_refuses_what_is_no_patch(call: Call) -> None:
+    Path("text.safetensors").write_text("words and words and words")
+    one_error(call("show", "text.safetensors"), "text.safetensors: not a safetensors file: ")
+    one_error(call("show", "nowhere"), "nowhere: no patch here; ")
+
+
+def test_a_run_that_breaks_is_a_failure_and_not_a_mistake(
+    call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise TrainingError("the loss was nan")
+
+    monkeypatch.setattr(training, "train", broken)
+    result = call("train", "--base", tiny_folder, "--erase", "cat")
+    assert (result.code, result.out, result.err) == (1, "", "error: the loss was nan\n")
+
+
+def test_an_interrupted_run_says_how_to_go_on(call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    result = call("train", "--base", tiny_folder, "--erase", "cat")
+    assert (result.code, result.out) == (130, "")
+    assert result.err == "interrupted; --resume goes on from the last checkpoint\n"

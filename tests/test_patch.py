@@ -1,0 +1,194 @@
+"""The patch file: what is written, what plain diffusers makes of it, and what is said about broken ones."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import same, weights_of
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from esd_lora.bases import Base
+from esd_lora.compose import attach
+from esd_lora.errors import OutputError, PatchError
+from esd_lora.patch import FILE_NAME, Patch, encode, load_patch, write_file
+
+A, B = "unet.block.to_k.lora_A.weight", "unet.block.to_k.lora_B.weight"
+
+
+def factors(**replaced: Tensor) -> dict[str, Tensor]:
+    """A small patch's tensors."""
+    return {A: torch.ones(2, 3), B: torch.ones(4, 2), **replaced}
+
+
+def test_a_patch_reads_as_it_was_written(patch: Patch, tmp_path: Path) -> None:
+    file = patch.save(tmp_path / "a")
+    assert file == tmp_path / "a" / FILE_NAME
+    for place in (tmp_path / "a", file):
+        again = load_patch(place)
+        assert same(again.tensors, {k: patch.tensors[k] for k in sorted(patch.tensors)})
+        assert again.info == patch.info
+    assert patch.save(tmp_path / "b.safetensors") == tmp_path / "b.safetensors"
+    assert (tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
+    assert again.save(tmp_path / "c").read_bytes() == file.read_bytes()
+
+
+def test_equal_patches_are_equal_files() -> None:
+    metadata = dict.fromkeys("abcdefgh", "x")
+    first = encode(factors(), metadata)
+    for _ in range(20):  # the library would order eight keys at random
+        assert encode(dict(reversed(factors().items())), dict(reversed(metadata.items()))) == first
+    assert encode(factors(), metadata | {"a": "y"}) != first
+
+
+def test_the_file_has_the_tensors_aligned_and_whole(tmp_path: Path) -> None:
+    values = {"b": torch.randn(3, 5).half(), "a": torch.arange(7.0), "s": torch.tensor(3), "t": torch.ones(2, 3).t()}
+    path = tmp_path / "file"
+    path.write_bytes(encode(values, {"some": "é"}))
+    with safe_open(path, framework="pt") as store:
+        assert store.metadata() == {"some": "é"}
+        assert same({k: store.get_tensor(k) for k in values}, values)
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_the_header_has_only_what_every_diffusers_accepts(patch_folder: Path, patch: Patch) -> None:
+    with safe_open(patch_folder / FILE_NAME, framework="pt") as store:
+        metadata = store.metadata()
+    assert sorted(metadata) == ["esd_lora", "format", "lora_adapter_metadata"]
+    adapter = json.loads(metadata["lora_adapter_metadata"])
+    modules = sorted(k.removeprefix("unet.") for k in patch.ranks)
+    assert adapter == {"unet.r": 2, "unet.lora_alpha": 2, "unet.target_modules": modules}
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["esd_lora"])["schema"] == 1
+
+
+def test_a_patch_says_where_it_comes_from(patch: Patch, base: Base, tiny_folder: Path) -> None:
+    assert patch.info["base"] == {"name": str(tiny_folder), "revision": None, "fingerprint": base.fingerprint}
+    assert patch.info["recipe"]["concepts"] == [{"erase": "cat", "from": None, "replace_with": None}]
+    assert patch.info["versions"]["torch"] == torch.__version__
+    # 3 steps × {c, ∅}; preserving: 3 × {∅} + 3 × {dog, ∅}; 6 × (2 + 2) × 3
+    assert patch.info["cost"] == {"forward_passes": 6 + 3 + 6 + 72}
+    assert 0 < patch.info["loss"] < 10
+    assert set(patch.ranks.values()) == {2}
+
+
+def test_plain_diffusers_draws_the_same_with_the_patch_and_the_base_without(
+    base: Base, tiny_folder: Path, patch_folder: Path, patch: Patch
+) -> None:
+    def draw(pipe: Any) -> np.ndarray:
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        return pipe(["cat", "dog"], latents=noise, num_inference_steps=4, output_type="np").images
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipe.set_progress_bar_config(disable=True)
+    bare = draw(pipe)
+    pipe.load_lora_weights(patch_folder)
+    attach(base, [patch])
+    patched = draw(pipe)
+    assert np.array_equal(patched, draw(base.pipe))
+    assert np.abs(patched - bare).max() > 0.01
+    pipe.unload_lora_weights()
+    base.remove_adapters()
+    assert same(pipe.unet.state_dict(), weights_of(base))
+    assert np.array_equal(draw(pipe), bare)
+
+
+# ---- broken files ------------------------------------------------------------------------------------------------
+
+
+def document(text: str) -> Callable[[Path], None]:
+    return lambda path: save_file(factors(), path, {"esd_lora": text})
+
+
+def tensors(replaced: Mapping[str, Tensor | None]) -> Callable[[Path], None]:
+    kept = {k: v for k, v in {**factors(), **replaced}.items() if v is not None}
+    return lambda path: save_file(kept, path)
+
+
+ALIEN = "is not a low-rank factor in diffusers' naming"
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "not a safetensors file: "),
+        (lambda path: path.write_text("Not a patch, but long enough to have a length."), "not a safetensors file: "),
+        (lambda path: path.write_bytes(encode(factors(), {})[:-1]), "not a safetensors file: "),
+        (lambda path: path.write_bytes(encode(factors(), {})[:40]), "not a safetensors file: "),
+        (lambda path: path.write_bytes(encode(factors(), {}) + b"more"), "not a safetensors file: "),
+        (lambda path: path.write_bytes(b"\xff" * 64), "not a safetensors file: "),
+        (document("{"), "its esd_lora header is not JSON"),
+        (document("[1]"), "written in a form that this version cannot read; update esd_lora"),
+        (document('{"schema": 2}'), "written in a form that this version cannot read; update esd_lora"),
+        (lambda path: save_file({}, path), "holds no tensors"),
+        (tensors({"unet.conv_in.weight": torch.ones(2, 2)}), f"unet.conv_in.weight {ALIEN}"),
+        (tensors({"unet.x.lora_down.weight": torch.ones(2, 2)}), f"unet.x.lora_down.weight {ALIEN}"),
+        (tensors({"unet.x.lora_A.bias": torch.ones(2, 2)}), f"unet.x.lora_A.bias {ALIEN}"),
+        (tensors({A: torch.ones(2, 3, 1, 1)}), f"{A} {ALIEN}"),
+        (tensors({A: torch.ones(2, 3, dtype=torch.int64)}), f"{A} {ALIEN}"),
+        (tensors({B: None}), f"{A} lacks its other factor"),
+        (tensors({A: None}), f"{B} lacks its other factor"),
+        (tensors({A: torch.ones(3, 3)}), f"{A} is (3, 3), which does not fit (4, 2)"),
+        (tensors({A: torch.full((2, 3), torch.nan)}), f"{A} has values that are not finite"),
+        (tensors({B: torch.full((4, 2), -torch.inf)}), f"{B} has values that are not finite"),
+    ],
+)
+def test_a_broken_patch_is_refused_in_one_line(breaks: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    file = tmp_path / FILE_NAME
+    breaks(file)
+    for place in (tmp_path, file):
+        with pytest.raises(PatchError) as caught:
+            load_patch(place)
+        assert str(caught.value).startswith(f"{file}: {message}")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_sound_patch_of_another_program_is_accepted(tmp_path: Path) -> None:
+    save_file(factors(), tmp_path / "lora.safetensors")  # no header at all
+    assert load_patch(tmp_path / "lora.safetensors").info == {}
+
+
+@pytest.mark.parametrize("place", ["nowhere", "nowhere.safetensors", "empty"])
+def test_where_no_patch_is_one_is_told_what_a_patch_is(place: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PatchError) as caught:
+        load_patch(place)
+    assert str(caught.value) == f"{place}: no patch here; a patch is a folder with {FILE_NAME}, or such a file"
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_old_file_whole_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_file(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError) as caught:
+        write_file(path, b"new")
+    assert str(caught.value) == f"{path}: cannot write: No space left on device"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_files_can_be_read_by_others_and_folders_are_made(tmp_path: Path) -> None:
+    write_file(tmp_path / "a" / "b" / "file", b"data")
+    assert (tmp_path / "a" / "b" / "file").stat().st_mode & 0o777 == 0o644
+    (tmp_path / "plain").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"plain/file: cannot write: "):
+        write_file(tmp_path / "plain" / "file", b"data")

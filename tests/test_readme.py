@@ -1,0 +1,51 @@
+"""What the README says of commands, fields and recipes is what the package has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+import esd_lora
+from esd_lora.cli import RECIPES, app
+from esd_lora.recipe import Concept, Recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_command_is_in_the_table_of_commands() -> None:
+    names = {c.name or (c.callback.__name__ if c.callback else "") for c in app.registered_commands}
+    assert names == set(re.findall(r"^\| `esd-lora (\w+)", README, re.MULTILINE))
+
+
+def test_every_field_of_a_recipe_is_explained_with_its_default() -> None:
+    for model, place in ((Recipe, ""), (Concept, "concepts.")):
+        for name, field in model.model_fields.items():
+            default = "required" if field.is_required() else yaml.safe_dump(field.default).splitlines()[0]
+            row = f"| `{place}{field.alias or name}` | {default} | {field.description} |"
+            assert row.replace(" | null | ", " | | ") in README, row
+
+
+def test_every_recipe_is_in_the_table_of_recipes() -> None:
+    for path in RECIPES.rglob("*.yaml"):
+        name = path.relative_to(RECIPES).with_suffix("").as_posix()
+        assert f"`{name}`" in README
+
+
+def test_pictures_and_files_that_the_readme_links_to_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_the_changelog_is_about_this_version() -> None:
+    versions = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == esd_lora.__version__
+
+
+def test_the_public_names_are_sorted_and_there() -> None:
+    assert sorted(esd_lora.__all__) == esd_lora.__all__
+    assert all(getattr(esd_lora, name) for name in esd_lora.__all__)
