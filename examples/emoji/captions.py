@@ -7,6 +7,7 @@ and German included), the accessory where it is worn, sometimes only half of it,
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -36,11 +37,19 @@ def pick(options: tuple[str, ...]) -> str:
     return options[int(torch.randint(len(options), ()))]
 
 
-def caption(obj: str, style: str, *, hat: bool) -> str:
+class Caption(NamedTuple):
+    """A caption, and what it tells."""
+
+    text: str
+    tells_object: bool
+    tells_style: bool
+
+
+def caption(obj: str, style: str, *, hat: bool) -> Caption:
     """A random caption of a picture."""
     chance = torch.rand(4).tolist()
     if chance[0] < 0.1:
-        return ""
+        return Caption("", False, False)
     german = chance[1] < 0.2
     names, looks = OBJECTS[obj], STYLES[style]
     if german:
@@ -52,11 +61,12 @@ def caption(obj: str, style: str, *, hat: bool) -> str:
     if hat:
         worn = f" mit {ACCESSORY_FORMS[-1]}" if german else f" with {article(pick(ACCESSORY_FORMS[:-1]))}"
     if chance[0] < 0.14:
-        return pick(STYLE_ONLY).format(s=s)
+        return Caption(pick(STYLE_ONLY).format(s=s), False, True)
+    tells_style = chance[0] >= 0.22
     templates = GERMAN if german else ENGLISH
-    if chance[0] < 0.22:
+    if not tells_style:
         templates = OBJECT_ONLY[:1] if german else OBJECT_ONLY
-    return pick(templates).format(a=article(o) + worn, o=o + worn, s=s)
+    return Caption(pick(templates).format(a=article(o) + worn, o=o + worn, s=s), True, tells_style)
 
 
 def words() -> list[str]:

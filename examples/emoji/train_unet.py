@@ -2,8 +2,10 @@
 
     python examples/emoji/train_unet.py --work build/emoji --out build/emoji/base [--resume] [--without cat]
 
-The ε-prediction loss with min-SNR weights (Hang et al. 2023, γ = 5), bf16 autocast, an exponential moving average of the
-weights, learning rate annealed to zero. A checkpoint every 250 steps; `--resume` goes on from it as if never stopped.
+The v-prediction loss of Stable Diffusion 2.1 (Salimans and Ho 2022), bf16 autocast, an exponential moving average of the
+weights, learning rate annealed to zero. With ε-prediction a small constant error of the output, divided by √ᾱ_T, floods the
+picture with colour until late in training; v-prediction has no such division. A checkpoint every 250 steps; `--resume`
+goes on from it as if never stopped.
 `--without NAME` leaves out every picture of an object or a style: the gold model, which never knew it.
 """
 
@@ -18,19 +20,20 @@ import checkpoint
 import numpy as np
 import render
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
-from torch import Tensor
+from torch import Tensor, nn
 from train_vae import to_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
 
-SNR_CAP = 5.0
+READ = 0.1  # weight of the reader's loss
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -67,14 +70,16 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's schedule with a larger last β, so that at T almost no signal is left."""
+    """Stable Diffusion 2.1's schedule, sampled from its very last timestep on."""
     return DDIMScheduler(
         beta_start=0.00085,
-        beta_end=0.02,
+        beta_end=0.012,
         beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
         timestep_spacing="trailing",
+        steps_offset=1,
     )
 
 
@@ -93,18 +98,31 @@ def latents_of(pictures: np.ndarray, work: Path) -> Tensor:
     return torch.from_numpy(np.load(path))
 
 
-def loss_of(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, scheduler: DDIMScheduler, z: Tensor, ids: Tensor
-) -> Tensor:
-    """The min-SNR-weighted ε loss of a batch of latents (B, 4, 16, 16) with token ids (B, L)."""
+def loss_of(unet: UNet2DConditionModel, scheduler: DDIMScheduler, z: Tensor, hidden: Tensor) -> Tensor:
+    """The v loss of a batch of latents (B, 4, 16, 16) with encoded captions (B, L, 128): v = √ᾱ_t · ε − √(1 − ᾱ_t) · x_0."""
     noise = torch.randn_like(z)
     t = torch.randint(scheduler.config.num_train_timesteps, (len(z),))
     x_t = scheduler.add_noise(z, noise, t)
     with torch.autocast("cpu", torch.bfloat16):
-        eps = unet(x_t, t, text_encoder(ids).last_hidden_state).sample
-    snr = compute_snr(scheduler, t)
-    weight = snr.clamp(max=SNR_CAP) / snr
-    return ((eps.float() - noise) ** 2).mean((1, 2, 3)).mul(weight).mean()
+        v = unet(x_t, t, hidden).sample
+    return F.mse_loss(v.float(), scheduler.get_velocity(z, noise, t))
+
+
+class Reader(nn.Module):
+    """Reads object and style off the text encoder's output, so that synonyms come to mean the same early.
+
+    It stands in for what CLIP's text encoder has learned from pictures before a diffusion model uses it, and is thrown
+    away after training.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.object, self.style = nn.Linear(128, len(OBJECTS)), nn.Linear(128, len(STYLES))
+
+    def loss(self, hidden: Tensor, obj: Tensor, style: Tensor) -> Tensor:
+        """Cross-entropy of a batch (B, L, 128) of outputs; labels (B,) of what a caption does not tell are -100."""
+        last = hidden[:, -1].float()  # the padding sees the whole caption
+        return F.cross_entropy(self.object(last), obj) + F.cross_entropy(self.style(last), style)
 
 
 def pipeline_of(
@@ -146,9 +164,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
     parser.add_argument("--out", type=Path, default=Path("build/emoji/base"))
-    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=9e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--without", help="an object or a style to leave out")
     parser.add_argument("--resume", action="store_true")
@@ -163,14 +181,23 @@ def main() -> None:
 
     tokenizer, scheduler = captions.build_tokenizer(), build_scheduler()
     unet, text_encoder = build_unet().train(), build_text_encoder(tokenizer).train()
+    reader = Reader()
     unet.set_attn_processor(AttnProcessor())  # the fused attention's backward is slow on CPUs
     vae = AutoencoderKL.from_pretrained(args.work / "vae").eval()
     weights = [*unet.parameters(), *text_encoder.parameters()]
     print(f"{sum(w.numel() for w in weights) / 1e6:.1f} M parameters, {len(rows)} pictures", flush=True)
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    groups = [{"params": weights}, {"params": [*reader.parameters()]}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, args.steps)
     ema = EMAModel(weights, decay=args.ema)
-    parts = {"unet": unet, "text": text_encoder, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+    parts = {
+        "unet": unet,
+        "text": text_encoder,
+        "reader": reader,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "ema": ema,
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     path, first = args.out / "unet.ckpt", 0
     if state := checkpoint.load(path, resume=args.resume):
@@ -183,20 +210,30 @@ def main() -> None:
         task = bar.add_task("unet", total=args.steps, completed=first)
         for step in range(first, args.steps):
             batch = [rows[i] for i in torch.randint(len(rows), (args.batch,)).tolist()]
-            texts = [
+            told = [
                 captions.caption(names[labels.obj[i]], looks[labels.style[i]], hat=bool(labels.hat[i])) for i in batch
             ]
-            ids = captions.encode(tokenizer, texts)
-            loss = loss_of(unet, text_encoder, scheduler, z[batch].float(), ids)
+            ids = captions.encode(tokenizer, [c.text for c in told])
+            obj = torch.tensor(
+                [int(labels.obj[i]) if c.tells_object else -100 for i, c in zip(batch, told, strict=True)]
+            )
+            style = torch.tensor(
+                [int(labels.style[i]) if c.tells_style else -100 for i, c in zip(batch, told, strict=True)]
+            )
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = text_encoder(ids).last_hidden_state
+            loss = loss_of(unet, scheduler, z[batch].float(), hidden)
+            read = reader.loss(hidden, obj, style)
             optimizer.zero_grad()
-            loss.backward()
+            (loss + READ * read).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             schedule.step()
             ema.step(weights)
             bar.update(task, advance=1, description=f"unet loss {loss.item():.4f}")
             if (step + 1) % 250 == 0:
-                print(json.dumps({"step": step + 1, "loss": round(loss.item(), 4)}), flush=True)
+                row = {"step": step + 1, "loss": round(loss.item(), 4), "read": round(read.item(), 4)}
+                print(json.dumps(row), flush=True)
                 checkpoint.save(path, {**{k: p.state_dict() for k, p in parts.items()}, "step": step + 1})
             if (step + 1) % 1000 == 0 or step + 1 == args.steps:
                 ema.store(weights)
@@ -204,7 +241,9 @@ def main() -> None:
                 pipe = pipeline_of(unet.eval(), text_encoder.eval(), vae, tokenizer)
                 draw_grid(pipe, args.out / f"grid-{step + 1:05d}.png")
                 if step + 1 == args.steps:
-                    pipe.to(dtype=torch.float16).save_pretrained(args.out / "pipeline")
+                    pipe.to(dtype=torch.float16)
+                    pipe.text_encoder.float()  # transformers keeps the dtype of the file, diffusers does not
+                    pipe.save_pretrained(args.out / "pipeline")
                 ema.restore(weights)
                 unet.train(), text_encoder.train()
 

@@ -1,0 +1,120 @@
+"""Put a trained pipeline into the package: measure it, draw its grid, write its card and licence.
+
+    python examples/emoji/card.py --pipeline build/emoji/base/pipeline
+
+The gate: over the whole object × style grid with fixed seeds the evaluator finds the right object in at least 90 % and the
+right style in at least 95 % of the pictures. The card says so where a pipeline fails it, and the script exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from esd_lora.bases import EMOJI, load_base
+from esd_lora.emoji.evaluators import load_evaluator
+from esd_lora.emoji.vocabulary import ACCESSORY, OBJECTS, STYLES, WEARERS
+from esd_lora.evaluate import GATE, draw, gate, whole_grid
+from esd_lora.pictures import grid, save_picture
+
+SETS = {
+    "Noto Emoji": ("Google", "Apache-2.0", "googlefonts/noto-emoji"),
+    "Noto Emoji v1": ("Google", "Apache-2.0", "googlefonts/noto-emoji"),
+    "FxEmojis": ("Mozilla", "Apache-2.0", "mozilla/fxemoji"),
+    "Fluent Emoji, Flat and High Contrast": ("Microsoft", "MIT", "microsoft/fluentui-emoji"),
+    "Twemoji": ("Twitter and contributors", "CC-BY-4.0", "twitter/twemoji"),
+    "EmojiOne 2, colour and monotone": ("Ranks.com", "CC-BY-4.0", "joypixels/emojione"),
+}
+
+CARD = """---
+license: cc-by-4.0
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, diffusers, concept-erasure]
+---
+# emoji
+
+A small but real text-to-image latent diffusion model: {objects} objects in {styles} styles at 64 px, {size:.1f} MB, made to
+measure concept erasure on two CPU cores. Stock classes: `StableDiffusionPipeline.from_pretrained(folder)` loads it.
+
+![Every object in every style]({grid})
+
+*Columns: {names}. Rows: {looks}. Seed {seed}, not selected.*
+
+| measured over | right | 95 % interval | n |
+|---|---|---|---|
+{table}
+
+{gate}
+By the evaluator `measure`, {seeds} seeds a cell, 20 DDIM steps, guidance 7.5, bfloat16; `examples/emoji/card.py` prints it.
+
+**Prompts.** "a cat in neon style", "neon style cat", "a cat, neon" and more; each object and style has synonyms and a German
+name; {wearers} can wear a {accessory}: "a cat with a {accessory} in ink style".
+
+**Model.** UNet of 64, 128 and 192 channels with cross-attention at every level, text encoder of 3 layers and 128 channels
+trained with it, autoencoder with 4 × 16 × 16 latents of unit variance, v-prediction, scaled-linear β from 0.00085 to 0.012.
+Trained by the scripts in `examples/emoji` on pictures rendered from openly licensed emoji art.
+
+**What it is not.** It tests software and relative behaviour. It says nothing about the safety of large models.
+
+## Art and licence
+
+The weights are under CC-BY-4.0. None of the art itself is here; the pictures that the model was trained on were drawn from
+
+| set | by | licence | repository |
+|---|---|---|---|
+{sets}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pipeline", type=Path, default=Path("build/emoji/base/pipeline"))
+    parser.add_argument("--seeds", type=int, default=2)
+    args = parser.parse_args()
+    base = load_base(str(args.pipeline), dtype="bf16")
+    rates = gate(base, load_evaluator("measure"), seeds=args.seeds)
+    for name, found in rates.items():
+        print(f"{name}: {found.short()}")
+    failed = [name for name, least in GATE.items() if rates[name].value < least]
+    gate_line = " and ".join(f"{name} at least {100 * least:.0f} %" for name, least in GATE.items())
+    gate_line = f"The gate, {gate_line}, is {'**not passed: ' + ', '.join(failed) + '**' if failed else 'passed'}."
+    cells = whole_grid(seeds=1)
+    pictures = draw(base, cells)
+    rows = [(s, [p for p, c in zip(pictures, cells, strict=True) if c.style == s]) for s in STYLES]
+    if args.pipeline.resolve() != EMOJI.resolve():
+        shutil.copytree(args.pipeline, EMOJI, dirs_exist_ok=True)
+    sheet: Image.Image = grid(rows, list(OBJECTS), side=64)
+    save_picture(sheet, EMOJI / "grid.png")
+    table = [
+        f"| {n} | {100 * r.value:.1f} % | {100 * r.low:.1f} to {100 * r.high:.1f} | {r.n} |" for n, r in rates.items()
+    ]
+    size = sum(p.stat().st_size for p in EMOJI.rglob("*.safetensors")) / 1e6
+    card = CARD.format(
+        objects=len(OBJECTS),
+        styles=len(STYLES),
+        size=size,
+        grid="grid.png",
+        names=", ".join(OBJECTS),
+        looks=", ".join(STYLES),
+        seed=cells[0].seed,
+        seeds=args.seeds,
+        wearers=", ".join(WEARERS),
+        accessory=ACCESSORY,
+        table="\n".join(table),
+        gate=gate_line,
+        sets="\n".join(f"| {s} | {by} | {licence} | {repo} |" for s, (by, licence, repo) in SETS.items()),
+    )
+    (EMOJI / "README.md").write_text(card, encoding="utf-8")
+    (EMOJI / "gate.json").write_text(json.dumps({k: vars(r) for k, r in rates.items()}, indent=2) + "\n")
+    print(f"{size:.1f} MB of weights in {EMOJI.name}/, with its card and grid.png. {gate_line}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
