@@ -3,7 +3,7 @@
 `filter` chooses (which seeds count, which checkpoint is kept), `measure` reports. They share nothing but the question:
 other architectures, other pictures and other augmentations, so that what one is fooled by need not fool the other.
 
-    measure   3 × 3 convolutions with residuals and group norm, overlapping stem      He et al. 2015, arXiv:1512.03385
+    measure   3 × 3 convolutions with residuals, overlapping stem                     He et al. 2015, arXiv:1512.03385
     filter    patches, depthwise 3 × 3 and pointwise layers                           Liu et al. 2022, arXiv:2201.03545
 
 Both know a class "other" beyond the vocabulary: an erased concept may leave a scrambled picture, which shows nothing.
@@ -69,9 +69,9 @@ class Residual(nn.Module):
     def __init__(self, width_in: int, width: int, *, stride: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(8, width)
+        self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(8, width)
+        self.norm2 = nn.BatchNorm2d(width)
         self.shortcut: nn.Module = nn.Identity() if width == width_in else nn.Conv2d(width_in, width, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Separable(nn.Module):
     def __init__(self, width: int, wide: int) -> None:
         super().__init__()
         self.space = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.norm = nn.GroupNorm(1, width)
+        self.norm = nn.BatchNorm2d(width)
         self.up = nn.Conv2d(width, wide, 1)
         self.down = nn.Conv2d(wide, width, 1)
 
@@ -100,7 +100,7 @@ def build_measure() -> nn.Module:
     """The untrained network of `measure`: (B, 3, 64, 64) in -1..1 → `Logits`."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 3, stride=2, padding=1),  # (B, 32, 32, 32)
-        nn.GroupNorm(8, 32),
+        nn.BatchNorm2d(32),
         nn.ReLU(),
         Residual(32, 64, stride=2),  # (B, 64, 16, 16)
         Residual(64, 64),
@@ -114,7 +114,7 @@ def build_filter() -> nn.Module:
     """The untrained network of `filter`: (B, 3, 64, 64) in -1..1 → `Logits`."""
     return nn.Sequential(
         nn.Conv2d(3, 64, 4, stride=4),  # (B, 64, 16, 16)
-        nn.GroupNorm(1, 64),
+        nn.BatchNorm2d(64),
         *(Separable(64, 160) for _ in range(3)),
         nn.Conv2d(64, 112, 2, stride=2),  # (B, 112, 8, 8)
         *(Separable(112, 256) for _ in range(4)),
