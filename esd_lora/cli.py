@@ -6,6 +6,8 @@ Data goes to stdout, progress and hints to stderr. Heavy imports happen inside t
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +51,7 @@ ReplaceWith = Annotated[str | None, typer.Option(help="Draw this instead of the 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of a recipe.")]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _main(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
@@ -77,10 +79,10 @@ def train(
 
     Leaves the patch, the resolved recipe, the loss (CSV and PNG) and a before/after grid in the output folder.
     """
-    wanted = _recipe(recipe, base=base, erase=erase, from_=from_, replace_with=replace_with, overrides=overrides)
-    if seed is not None:
-        wanted = wanted.model_copy(update={"seed": seed})
-    folder = out or Path("runs") / "-".join("-".join(c.erase.split()) for c in wanted.concepts)
+    chosen = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
+    wanted = _recipe(recipe, base=base, erase=erase, from_=from_, replace_with=replace_with, overrides=chosen)
+    words = re.findall(r"\w+", " ".join(c.erase for c in wanted.concepts))
+    folder = out or Path("runs") / "-".join(words)
     from esd_lora.bases import load_base
     from esd_lora.report import draw_loss, draw_run
     from esd_lora.training import train
@@ -111,7 +113,7 @@ def generate(
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the next ones count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance.")] = 3.0,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
     device: DeviceName = None,
@@ -163,7 +165,7 @@ def generate(
 def show(patch: Annotated[str, typer.Argument(help="A patch's folder or file.")], as_json: Json = False) -> None:
     """Print what a patch is: concepts, base, layers, rank, cost and scores."""
     loaded, _ = _patch(patch)
-    _print({"patch": patch, **(dict(loaded.info) if as_json else {}), **_facts(loaded)}, as_json=as_json)
+    _print({"patch": patch, **_facts(loaded), **(loaded.info if as_json else {})}, as_json=as_json)
 
 
 @app.command()
@@ -292,9 +294,12 @@ def _patch(text: str) -> tuple[Patch, float]:
     if not colon or Path(text).exists():
         return load_patch(text), 1.0
     try:
-        return load_patch(path), float(weight)
+        value = float(weight)
     except ValueError:
-        raise PatchError(f"{text}: the weight after the colon must be a number, got {weight!r}") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise PatchError(f"{text}: the weight after the colon must be a number, got {weight!r}")
+    return load_patch(path), value
 
 
 def _facts(patch: Patch) -> dict[str, Any]:
@@ -392,8 +397,11 @@ def main() -> None:
     except EsdLoraError as error:
         stderr.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        stderr.print("interrupted; --resume goes on from the last checkpoint", markup=False)
+    except (KeyboardInterrupt, SystemExit) as end:  # typer makes an exit with 130 of Ctrl-C
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
+        on = "; --resume goes on from the last checkpoint" if sys.argv[1:2] == ["train"] else ""
+        stderr.print(f"interrupted{on}", markup=False)
         sys.exit(130)
     except OSError as error:
         stderr.print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), markup=False)

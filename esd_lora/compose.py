@@ -50,9 +50,9 @@ def attach(base: Base, patches: Sequence[Patch], weights: Sequence[float] | None
     Raises:
         PatchError: A patch does not fit; the base is left bare.
     """
+    base.remove_adapters()
     for patch in patches:
         check_fits(patch, base)
-    base.remove_adapters()
     names = [f"patch_{i}" for i in range(len(patches))]
     for name, patch in zip(names, patches, strict=True):
         with warnings.catch_warnings():

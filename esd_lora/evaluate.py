@@ -18,7 +18,7 @@ from typing import Any
 from esd_lora.bases.base import Base
 from esd_lora.compose import attach
 from esd_lora.emoji.evaluators import Evaluator, Judgement
-from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
+from esd_lora.emoji.vocabulary import OBJECTS, STYLES, WEARERS, prompt
 from esd_lora.errors import RecipeError
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate
@@ -120,7 +120,7 @@ def draw(
     patches: Sequence[Patch] = (),
     weights: Sequence[float] | None = None,
     *,
-    guidance_scale: float = 3.0,
+    guidance_scale: float = 7.5,
     on_batch: Callable[[int], None] | None = None,
 ) -> Pictures:
     """The pictures of the cells, with the patches active; the base is bare again afterwards."""
@@ -130,6 +130,35 @@ def draw(
         return generate(base, prompts, seeds, guidance_scale=guidance_scale, batch_size=48, on_batch=on_batch)
     finally:
         base.remove_adapters()
+
+
+def whole_grid(*, seeds: int) -> list[Cell]:
+    """Every object in every style, style by style, `seeds` pictures of each."""
+    return [
+        Cell(obj, style, FIRST_SEED + 1000 * (o * len(STYLES) + s) + k)
+        for k in range(seeds)
+        for s, style in enumerate(STYLES)
+        for o, obj in enumerate(OBJECTS)
+    ]
+
+
+GATE: Mapping[str, float] = {"object": 0.90, "style": 0.95}
+"""What the embedded base must reach over the whole grid."""
+
+
+def gate(base: Base, evaluator: Evaluator, *, seeds: int) -> dict[str, Rate]:
+    """How often the bare base draws what it is asked for: object and style over the whole grid, and the accessory."""
+    cells = whole_grid(seeds=seeds)
+    hats = [c for wearer in WEARERS for c in accessory_set(wearer, seeds=seeds)]
+    seen, worn = evaluator.judge(draw(base, cells)), evaluator.judge(draw(base, hats))
+    wearers = [hat for c, hat in zip(cells, seen.hats, strict=True) if c.obj in WEARERS]
+    return {
+        "object": rate([o == c.obj for o, c in zip(seen.objects, cells, strict=True)]),
+        "style": rate([s == c.style for s, c in zip(seen.styles, cells, strict=True)]),
+        "hat where asked for": rate(worn.hats),
+        "no hat where not asked for": rate([not h for h in wearers]),
+        "wearer under the hat": rate([o == c.obj for o, c in zip(worn.objects, hats, strict=True)]),
+    }
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,14 @@ class Patch:
         path = Path(path)
         file = path if path.suffix == ".safetensors" else path / FILE_NAME
         ranks = self.ranks
-        adapter = {
+        adapter: dict[str, Any] = {
             "unet.r": max(ranks.values()),
             "unet.lora_alpha": max(ranks.values()),
             "unet.target_modules": sorted(k.split(".", 1)[1] for k in ranks),
         }
+        if len(set(ranks.values())) > 1:
+            pattern = {k.split(".", 1)[1]: r for k, r in sorted(ranks.items())}
+            adapter |= {"unet.rank_pattern": pattern, "unet.alpha_pattern": pattern}
         header = {
             "format": "pt",
             "esd_lora": json.dumps({"schema": SCHEMA, **self.info}, sort_keys=True),
@@ -95,10 +98,12 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(part, 0o644)
         os.replace(part, path)
+        part = None
     except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
         if part:
             Path(part).unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
 def load_patch(path: str | Path) -> Patch:

@@ -27,7 +27,7 @@ def generate(
     seeds: Sequence[int],
     *,
     steps: int = 20,
-    guidance_scale: float = 3.0,
+    guidance_scale: float = 7.5,
     resolution: int | None = None,
     batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
@@ -45,10 +45,12 @@ def generate(
         on_batch: Called with the number of pictures of each finished batch.
 
     Raises:
-        RecipeError: The number of prompts and seeds differ.
+        RecipeError: The number of prompts and seeds differ, or the resolution is not a multiple of 8.
     """
     if len(prompts) != len(seeds):
         raise RecipeError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
+    if resolution is not None and resolution % 8:
+        raise RecipeError(f"resolution: must be a multiple of 8, got {resolution}")
     base.pipe.to(base.device)
     pictures: Pictures = []
     for start in range(0, len(prompts), batch_size):

@@ -116,11 +116,11 @@ class Recipe(BaseModel):
     )
     refresh_every: int = Field(20, ge=1, description="With `x_t: edited`, steps between new trajectories.")
     trajectories: int = Field(4, ge=1, description="Trajectories per concept.")
-    trajectory_steps: int = Field(20, ge=2, le=1000, description="Denoising steps S of a trajectory.")
+    trajectory_steps: int = Field(20, ge=2, le=500, description="Denoising steps S of a trajectory.")
     guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance of the trajectories.")
     steps: int = Field(100, ge=1, description="Gradient steps.")
     batch_size: int = Field(4, ge=1, description="Examples a step; as many preservation examples come on top.")
-    lr: float = Field(1e-3, gt=0, description="Learning rate of AdamW.")
+    lr: float = Field(1e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule, by diffusers' names."
     )
@@ -158,7 +158,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: cannot read the recipe: {reason}") from error
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'cannot be read'}") from error
@@ -214,7 +214,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
             raise RecipeError(f"--set {pair}: write key=value, such as --set rank=8")
         try:
             values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise RecipeError(f"--set {pair}: the value is not YAML") from error
     return values
 

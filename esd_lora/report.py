@@ -191,14 +191,15 @@ def score_table(scores: Mapping[str, Sequence[Scores | AttributeScores]]) -> Tab
     table = Table(title="Erased and kept, in % with 95 % Wilson intervals", title_justify="left")
     table.add_column("patch", overflow="fold")
     table.add_column("erased")
-    for name in ("UA", "IRA", "CRA", "at target", "worst three"):
+    for name in ("UA", "IRA", "CRA", "at target", "worst three", "seen instead"):
         table.add_column(name)
     for folder, found in scores.items():
         for s in found:
             if isinstance(s, AttributeScores):
-                table.add_row(folder, ACCESSORY, s.gone.short(), "", s.carrier.short(), "", f"carrier {s.wearer}")
+                table.add_row(folder, ACCESSORY, s.gone.short(), "", "", s.carrier.short(), f"carrier {s.wearer}", "")
             else:
                 worst = ", ".join(f"{n} {100 * r.value:.0f}" for n, r in s.worst.items())
                 rates = [r.short() for r in (s.ua, s.ira, s.cra, s.at_target)]
-                table.add_row(folder, s.target, *rates, worst)
+                instead = [f"{n} {100 * k / s.ua.n:.0f}" for n, k in s.replaced_by.items() if n != s.target][:2]
+                table.add_row(folder, s.target, *rates, worst, ", ".join(instead))
     return table

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import math
 import resource
 import sys
@@ -23,13 +24,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from esd_lora.bases.base import Base, Condition
 from esd_lora.checkpoint import Checkpoint
-from esd_lora.errors import OutputError, TrainingError
+from esd_lora.errors import OutputError, RecipeError, TrainingError
 from esd_lora.esd import esd_loss
 from esd_lora.patch import FILE_NAME, Patch, load_patch, write_file
 from esd_lora.recipe import Recipe
@@ -89,9 +89,11 @@ def train(
         return finished
     started = time.monotonic()
     base.remove_adapters()
-    set_seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
     base.add_adapter(layers=recipe.layers, rank=recipe.rank)
     try:
+        if out:  # not before the base has said that it can be adapted so: a refused run leaves nothing behind
+            write_file(out / "recipe.yaml", recipe.to_yaml().encode())
         run = _begin(recipe, base, out)
         checkpoint = Checkpoint(out / "checkpoint.safetensors") if out else None
         if checkpoint and resume and checkpoint.path.exists():
@@ -102,7 +104,6 @@ def train(
         base.remove_adapters()
     if out:
         patch.save(out)
-        write_file(out / "recipe.yaml", recipe.to_yaml().encode())
         write_file(out / "loss.csv", _csv(run.losses))
         write_file(out / "run.yaml", _cost(started))
         Path(out / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -121,14 +122,13 @@ def _prepare_folder(out: Path | None, recipe: Recipe, *, resume: bool) -> Patch 
     if out is None:
         return None
     holds = [n for n in (FILE_NAME, "checkpoint.safetensors") if (out / n).exists()]
-    if not holds:
+    written = out / "recipe.yaml"
+    if not holds and not (resume and written.exists()):  # a run may have broken off before its first checkpoint
         if out.is_dir() and any(out.iterdir()):
             raise OutputError(f"{out}: not empty, and holds no run; choose another --out")
-        write_file(out / "recipe.yaml", recipe.to_yaml().encode())
         return None
     if not resume:
         raise OutputError(f"{out}: holds another run; choose another --out, or go on with it by --resume")
-    written = out / "recipe.yaml"
     if not written.exists() or written.read_text(encoding="utf-8") != recipe.to_yaml():
         raise OutputError(f"{out}: holds a run of another recipe, which this one cannot resume; choose another --out")
     return load_patch(out) if FILE_NAME in holds else None
@@ -136,6 +136,9 @@ def _prepare_folder(out: Path | None, recipe: Recipe, *, resume: bool) -> Patch 
 
 def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
     """A run at step 0: prompts encoded, optimizer ready, nothing recorded yet."""
+    if recipe.log_with and (out is None or importlib.util.find_spec(recipe.log_with) is None):
+        need = "an output folder" if out is None else f"its package: pip install esd_lora[{recipe.log_with}]"
+        raise RecipeError(f"log_with: {recipe.log_with} needs {need}")
     AcceleratorState._reset_state(reset_partial_state=True)  # else a second run with another dtype is refused
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.dtype, recipe.dtype),
@@ -169,11 +172,14 @@ def _loop(
 ) -> None:
     """All steps that are left, with looks at the losses, samples and checkpoints between them."""
     recipe = run.recipe
+    whole = True  # whether the state is that after a step, not of one half done
     try:
         while run.step < recipe.steps:
+            whole = False
             _fill_banks(run)
             _step(run)
             run.step += 1
+            whole = True
             save = run.step % recipe.checkpoint_every == 0
             look = save or run.step % CHECK_EVERY == 0 or run.step == recipe.steps
             loss = _look(run, checkpoint) if look else None
@@ -183,8 +189,9 @@ def _loop(
                 on_step(run.step, loss)
             if on_sample and recipe.sample_every and run.step % recipe.sample_every == 0:
                 on_sample(run.step)
+                run.base.free_encoders()
     except KeyboardInterrupt:
-        if checkpoint and run.step and torch.isfinite(run.losses).all():
+        if checkpoint and run.step and whole and torch.isfinite(run.losses).all():
             _save(run, checkpoint)
         raise
     run.accelerator.end_training()
@@ -261,11 +268,16 @@ def _look(run: Run, checkpoint: Checkpoint | None) -> float:
     """The newest loss, after checking that all of them are numbers."""
     losses = run.losses[: run.step].cpu()
     bad = (~torch.isfinite(losses)).nonzero()
-    if len(bad):
+    broken = not all(torch.isfinite(p).all() for p in run.base.adapter_parameters())
+    if len(bad) or broken:
         kept = f"; the checkpoint of step {checkpoint.step} is kept" if checkpoint and checkpoint.path.exists() else ""
         raise TrainingError(
-            f"the loss was {losses[bad[0, 0]].item()} at step {bad[0, 0].item() + 1}: "
-            f"try a lower lr (now {run.recipe.lr:g}), warmup_steps, or dtype fp32 or bf16{kept}"
+            (
+                f"the loss was {losses[bad[0, 0]].item()} at step {bad[0, 0].item() + 1}: "
+                if len(bad)
+                else f"the adapters are no longer finite at step {run.step}: "
+            )
+            + f"try a lower lr (now {run.recipe.lr:g}), warmup_steps, or dtype fp32 or bf16{kept}"
         )
     loss = losses[-1].item()
     if run.recipe.log_with:
@@ -286,6 +298,7 @@ def _save(run: Run, checkpoint: Checkpoint) -> None:
             "schedule": run.schedule.state_dict(),
             "scaler": scaler,
             "recipe": run.recipe.to_dict(),
+            "fingerprint": run.base.fingerprint,
         },
     )
 
@@ -299,6 +312,8 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
     tensors, optimizer, state = checkpoint.load()
     if state["recipe"] != run.recipe.to_dict():
         raise OutputError(f"{checkpoint.path}: is of another recipe; choose another --out")
+    if state["fingerprint"] != run.base.fingerprint:
+        raise OutputError(f"{checkpoint.path}: is of a base with other weights; choose another --out")
     prefix = f"{run.base.prefix}."
     run.base.load_adapter_state({k: v for k, v in tensors.items() if k.startswith(prefix)})
     run.optimizer.load_state_dict(optimizer)

@@ -9,6 +9,7 @@ Erasing and preserving are one thing here: to preserve a prompt p is to ask with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -92,8 +93,12 @@ class Bank:
 
 def default_preserve(concepts: Sequence[Concept]) -> tuple[str, ...]:
     """The prompts kept where a recipe names none: the empty one, and everyday ones without the words of the concepts."""
-    named = {w for c in concepts for text in (c.erase, c.from_ or "") for w in text.lower().split()}
-    return ("", *(p for p in EVERYDAY if not named & (set(p.split()) - {"a", "an", "the"})))
+
+    def stems(text: str) -> set[str]:
+        return {w.rstrip("s") for w in re.findall(r"\w+", text.lower())} - {"a", "an", "the"}
+
+    named = {w for c in concepts for w in stems(f"{c.erase} {c.from_ or ''}")}
+    return ("", *(p for p in EVERYDAY if not named & stems(p)))
 
 
 def questions_of(recipe: Recipe) -> tuple[list[str], list[Question], list[Question]]:

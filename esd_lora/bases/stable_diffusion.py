@@ -38,6 +38,7 @@ class StableDiffusionBase(Base):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
         """The text encoder's last hidden states (B, L, D), as the pipeline computes them."""
+        self.pipe.text_encoder.to(self.device)
         embeds, _ = self.pipe.encode_prompt(
             list(prompts), self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
