@@ -33,7 +33,6 @@ class Labels:
     style: np.ndarray  # index into STYLES
     hat: np.ndarray  # bool
     test: np.ndarray  # bool: a held-out glyph
-    half: np.ndarray  # bool: which half of the glyphs, for the two evaluators
 
 
 @lru_cache(maxsize=1)
@@ -187,7 +186,7 @@ def watercolor(glyph: Image.Image, rng: np.random.Generator) -> Image.Image:
 DRAW = dict(zip(LOOKS, (sticker, ink, blueprint, neon, pixel, watercolor), strict=True))
 
 
-def picture(index: int, path: str, *, test: bool) -> tuple[np.ndarray, tuple[int, int, bool, bool, bool]]:
+def picture(index: int, path: str, *, test: bool) -> tuple[np.ndarray, tuple[int, int, bool, bool]]:
     """Picture number `index`: (64, 64, 3) uint8 and its labels; cells take turns, the rest is drawn at random."""
     rng = np.random.default_rng((index, int(test)))
     obj, style = index % len(NAMES), index // len(NAMES) % len(LOOKS)
@@ -210,8 +209,7 @@ def picture(index: int, path: str, *, test: bool) -> tuple[np.ndarray, tuple[int
         glyph = wear(glyph, Image.fromarray(art(path)[f"hat/{choice}"]), rng)
     drawn = DRAW[LOOKS[style]](pose(glyph, rng, flip=flip), rng)
     small = drawn.resize((PX, PX), Image.Resampling.BOX)
-    half = sum(map(ord, name)) % 2 == 0
-    return np.asarray(small), (obj, style, hat, test, half)
+    return np.asarray(small), (obj, style, hat, test)
 
 
 def _chunk(job: tuple[range, str, bool]) -> tuple[np.ndarray, np.ndarray]:
@@ -221,7 +219,7 @@ def _chunk(job: tuple[range, str, bool]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(path: Path, *, count: int, test: bool, workers: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """`count` pictures (count, 64, 64, 3) uint8 with labels (count, 5), drawn by `workers` processes."""
+    """`count` pictures (count, 64, 64, 3) uint8 with labels (count, 4), drawn by `workers` processes."""
     jobs = [(range(s, min(s + 500, count)), str(path), test) for s in range(0, count, 500)]
     with ProcessPoolExecutor(workers) as pool:
         parts = list(track(pool.map(_chunk, jobs), total=len(jobs), description="draw"))
@@ -232,8 +230,8 @@ def load(path: Path) -> tuple[np.ndarray, Labels]:
     """The pictures of a file that `main` wrote, with their labels."""
     with np.load(path) as store:
         pictures, labels = store["pictures"], store["labels"]
-    obj, style, hat, test, half = labels.T
-    return pictures, Labels(obj, style, hat.astype(bool), test.astype(bool), half.astype(bool))
+    obj, style, hat, test = labels.T
+    return pictures, Labels(obj, style, hat.astype(bool), test.astype(bool))
 
 
 def main() -> None:

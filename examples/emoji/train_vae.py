@@ -24,6 +24,8 @@ from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from esd_lora.emoji.evaluators import to_tensor
+
 
 def build() -> AutoencoderKL:
     """The untrained autoencoder."""
@@ -37,11 +39,6 @@ def build() -> AutoencoderKL:
         sample_size=render.PX,
         scaling_factor=1.0,
     )
-
-
-def to_tensor(pictures: np.ndarray) -> Tensor:
-    """(B, 64, 64, 3) uint8 as (B, 3, 64, 64) float in -1..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pictures(x: Tensor) -> np.ndarray:
