@@ -2,7 +2,7 @@
 
     UA    share of target pictures in which the evaluator does not find the erased concept
     IRA   share of the other concepts of the same kind that it still finds
-    CRA   share of the concepts of the other kind that it still finds, over all pictures
+    CRA   share of the concepts of the other kind that it still finds, the target's pictures included, every cell as often
 
 as UnlearnCanvas defines them (Zhang et al. 2024, arXiv:2402.11846). Every rate comes with its n and 95 % Wilson interval,
 and with the base's own rate on the same prompts and the same noise; `retained` is patched over base.
@@ -217,12 +217,21 @@ def score(target: str, cells: Sequence[Cell], judged: Judgement, base: Judgement
         target=target,
         ua=rate([not now[i] for i in hit], [not before[i] for i in hit]),
         ira=over(rest, now, before),
-        cra=over(range(len(cells)), now_cross, before_cross),
+        cra=over(_first_of_each(cells), now_cross, before_cross),
         at_target=over(hit, now_cross, before_cross),
         worst={n: each[n] for n in worst},
         replaced_by={n: seen.count(n) for n in sorted(set(seen), key=lambda n: -seen.count(n))},
         evaluator=f"{evaluator.name} {evaluator.digest[:12]}",
     )
+
+
+def _first_of_each(cells: Sequence[Cell]) -> list[int]:
+    """Rows that hold every cell equally often: of each, as many of its first as the rarest has."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for i, c in enumerate(cells):
+        rows.setdefault((c.obj, c.style), []).append(i)
+    least = min(len(r) for r in rows.values())
+    return [i for r in rows.values() for i in r[:least]]
 
 
 @dataclass(frozen=True)

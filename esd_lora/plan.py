@@ -29,7 +29,7 @@ from esd_lora.bases.facts import Facts, facts_of, on_meta, size_of
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.recipe import Recipe
 from esd_lora.training import resolve
-from esd_lora.trajectories import questions_of
+from esd_lora.trajectories import preserve_steps, questions_of
 
 AUTHORS_PER_EXAMPLE = 25 * 2 + 3 + 3
 """The authors' trainer: guided sampling for 25 of 50 steps on average, three of the teacher, three of the student."""
@@ -156,7 +156,7 @@ def count_passes(recipe: Recipe) -> Passes:
     banks = math.ceil(recipe.steps / recipe.refresh_every) if edited else 1
     asked = sum(len({q.s, 0, q.c, q.a}) + (2 if edited else 0) for q in erase)
     concepts = banks * recipe.trajectories * recipe.trajectory_steps * asked
-    preservation = recipe.trajectory_steps * sum(len({q.s, 0}) for q in preserve)
+    preservation = preserve_steps(recipe, preserve) * sum(len({q.s, 0}) for q in preserve)
     training = 3 * recipe.steps * _rows(recipe)
     total = concepts + preservation + training
     each = total / (recipe.steps * recipe.batch_size)

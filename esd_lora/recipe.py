@@ -116,7 +116,12 @@ class Recipe(BaseModel):
     )
     refresh_every: int = Field(20, ge=1, description="With `x_t: edited`, steps between new trajectories.")
     trajectories: int = Field(4, ge=1, description="Trajectories per concept.")
-    trajectory_steps: int = Field(20, ge=2, le=500, description="Denoising steps S of a trajectory.")
+    trajectory_steps: int = Field(
+        20,
+        ge=2,
+        le=500,
+        description="Denoising steps S of a trajectory. Prompts to preserve get no more than training can use once.",
+    )
     guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance of the trajectories.")
     steps: int = Field(100, ge=1, description="Gradient steps.")
     batch_size: int = Field(4, ge=1, description="Examples a step; as many preservation examples come on top.")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,10 @@ def measure_patches(
     jobs = [
         (folder, target, wearer, cells)
         for folder, patch in patches.items()
-        for target, wearer in targets_of(patch)
-        for cells in [_cells(target, wearer, target_seeds=target_seeds, kept_seeds=kept_seeds)]
+        for erased in [targets_of(patch)]
+        for target, wearer in erased
+        for others in [{name for name, _ in erased if name != target}]
+        for cells in [_cells(target, wearer, others, target_seeds=target_seeds, kept_seeds=kept_seeds)]
     ]
     needed = list(dict.fromkeys(c for *_, cells in jobs for c in cells))
     total, done = len(needed) + sum(len(cells) for *_, cells in jobs), 0
@@ -160,14 +163,18 @@ def targets_of(patch: Patch) -> list[tuple[str, str | None]]:
             raise RecipeError(f"the evaluators of emoji do not know {concept['erase']!r}")
     if not found:
         raise RecipeError("the patch does not say what it erases")
-    return found
+    return list(dict.fromkeys(found))
 
 
-def _cells(target: str, wearer: str | None, *, target_seeds: int, kept_seeds: int) -> list[Cell]:
-    """The answer set of a target."""
+def _cells(
+    target: str, wearer: str | None, others: AbstractSet[str], *, target_seeds: int, kept_seeds: int
+) -> list[Cell]:
+    """The answer set of a target, without what else the same patch erases: that is neither it nor to be kept."""
     if wearer:
-        return accessory_set(wearer, seeds=target_seeds)
-    return answer_set(target, target_seeds=target_seeds, kept_seeds=kept_seeds)
+        cells = accessory_set(wearer, seeds=target_seeds)
+    else:
+        cells = answer_set(target, target_seeds=target_seeds, kept_seeds=kept_seeds)
+    return [c for c in cells if not others & {c.obj, c.style}]
 
 
 def score_grid(target: str, cells: Sequence[Cell], before: Pictures, after: Pictures) -> Any:

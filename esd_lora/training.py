@@ -33,7 +33,7 @@ from esd_lora.errors import OutputError, RecipeError, TrainingError
 from esd_lora.esd import esd_loss
 from esd_lora.patch import FILE_NAME, Patch, load_patch, write_file
 from esd_lora.recipe import Recipe
-from esd_lora.trajectories import Bank, Question, default_preserve, questions_of, record
+from esd_lora.trajectories import Bank, Question, default_preserve, preserve_steps, questions_of, record
 
 CHECK_EVERY = 10
 """Steps between looks at the losses: each look waits for the device."""
@@ -202,13 +202,13 @@ def _fill_banks(run: Run) -> None:
     recipe = run.recipe
     edited = recipe.x_t == "edited"
 
-    def recorded(questions: list[Question], first_seed: int, *, edited: bool) -> Bank:
+    def recorded(questions: list[Question], first_seed: int, *, steps: int, edited: bool) -> Bank:
         bank, passes = record(
             run.base,
             run.conditions,
             questions,
             range(first_seed, first_seed + len(questions)),
-            steps=recipe.trajectory_steps,
+            steps=steps,
             guidance_scale=recipe.guidance_scale,
             resolution=recipe.resolution,
             edited=edited,
@@ -218,9 +218,11 @@ def _fill_banks(run: Run) -> None:
 
     if "erase" not in run.banks or (edited and run.step % recipe.refresh_every == 0):
         age = run.step // recipe.refresh_every if edited else 0
-        run.banks["erase"] = recorded(run.erase * recipe.trajectories, _seed(recipe.seed, 1 + age), edited=edited)
+        questions, first = run.erase * recipe.trajectories, _seed(recipe.seed, 1 + age)
+        run.banks["erase"] = recorded(questions, first, steps=recipe.trajectory_steps, edited=edited)
     if "preserve" not in run.banks and run.preserve:
-        run.banks["preserve"] = recorded(run.preserve, _seed(recipe.seed, 0), edited=False)
+        steps = preserve_steps(recipe, run.preserve)
+        run.banks["preserve"] = recorded(run.preserve, _seed(recipe.seed, 0), steps=steps, edited=False)
 
 
 def _step(run: Run) -> None:

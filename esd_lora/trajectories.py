@@ -9,6 +9,7 @@ Erasing and preserving are one thing here: to preserve a prompt p is to ask with
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -120,6 +121,12 @@ def questions_of(recipe: Recipe) -> tuple[list[str], list[Question], list[Questi
     wanted = recipe.preserve if recipe.preserve_weight else ()
     preserve = [Question(r, r, r, 0.0) for r in map(row, wanted or ())]
     return prompts, erase, preserve
+
+
+def preserve_steps(recipe: Recipe, preserve: Sequence[Question]) -> int:
+    """Denoising steps of a trajectory to preserve: as many as training can use once, S at most and two at least."""
+    enough = math.ceil(recipe.steps * recipe.batch_size / max(1, len(preserve)))
+    return max(2, min(recipe.trajectory_steps, enough))
 
 
 @torch.no_grad()

@@ -72,6 +72,8 @@ def test_passes_worked_by_hand() -> None:
     assert (passes.concepts, passes.preservation, passes.training, passes.total) == (60, 20, 1200, 1280)
     assert passes.per_example == 1280 / 200
     assert passes.authors_ratio == 56 * 200 / 1280
+    passes = count_passes(recipe_of(SD15, **settings, preserve=[str(i) for i in range(40)]))
+    assert passes.preservation == 5 * 40 * 2  # 50 × 4 examples are used: 5 of each prompt, not 10
     passes = count_passes(recipe_of(SD15, **settings, preserve_weight=0))
     assert (passes.concepts, passes.preservation, passes.training) == (60, 0, 600)
 

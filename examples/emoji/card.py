@@ -58,8 +58,7 @@ name; {wearers} can wear a {accessory}: "a cat with a {accessory} in ink style".
 
 **Model.** UNet of 64, 128 and 192 channels with cross-attention at every level, text encoder of 3 layers and 128 channels
 trained with it, autoencoder with 4 × 16 × 16 latents of unit variance, v-prediction, scaled-linear β from 0.00085 to 0.012.
-Trained by the scripts in `examples/emoji` on pictures rendered from openly licensed emoji art.
-This first version: 4,700 steps of 48 pictures, with the caption reader of `train_unet.py` from step 2,250 on only.
+Trained by the scripts in `examples/emoji`, 6,600 steps of 48 pictures rendered from openly licensed emoji art.
 
 **What it is not.** It tests software and relative behaviour. It says nothing about the safety of large models.
 
