@@ -309,7 +309,7 @@ def _facts(patch: Patch) -> dict[str, Any]:
         c["erase"]
         + (f" from {c['from']}" if c.get("from") else "")
         + (f", replaced with {c['replace_with']}" if c.get("replace_with") else "")
-        for c in recipe.get("concepts", [])
+        for c in patch.concepts
     ]
     return {
         "erases": concepts,

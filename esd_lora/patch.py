@@ -10,6 +10,7 @@ for byte. Alpha equals the rank, so that programs which ignore metadata scale th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -35,7 +36,8 @@ class Patch:
     """An erasure patch: tensors by diffusers' names and a JSON document about them.
 
     tensors: `unet.<module>.lora_A.weight` (r, in) and `….lora_B.weight` (out, r), on the CPU.
-    info: `schema`, `recipe`, `base`, `versions`, `cost`, `loss`, and `scores` once measured.
+    info: `schema`, `recipe`, `base`, `versions`, `cost`, `loss`, and `scores` once measured; of a stack `base` and
+        `stack`, with weight, digest, recipe and base of each part.
     """
 
     tensors: Mapping[str, Tensor]
@@ -45,6 +47,17 @@ class Patch:
     def ranks(self) -> dict[str, int]:
         """Rank of each adapted module, by its name with the denoiser's prefix."""
         return {k.removesuffix(".lora_A.weight"): len(v) for k, v in self.tensors.items() if ".lora_A." in k}
+
+    @property
+    def concepts(self) -> list[dict[str, Any]]:
+        """The concepts that it erases, as its recipe names them, or the recipes of all parts of a stack."""
+        parts = self.info.get("stack", [self.info])
+        return [concept for part in parts for concept in part.get("recipe", {}).get("concepts", [])]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its tensors, in hexadecimal: the same for patches that do the same, whatever is told about them."""
+        return hashlib.sha256(encode(self.tensors, {})).hexdigest()
 
     def save(self, path: str | Path) -> Path:
         """Write the patch to a folder or a `.safetensors` file; returns the file.

@@ -152,7 +152,7 @@ def targets_of(patch: Patch) -> list[tuple[str, str | None]]:
     """
     canonical = {form: name for forms in (OBJECTS, STYLES) for name in forms for form in (name, *forms[name])}
     found: list[tuple[str, str | None]] = []
-    for concept in patch.info.get("recipe", {}).get("concepts", []):
+    for concept in patch.concepts:
         name = canonical.get(concept["erase"].removesuffix(" style"))
         wearer = next((o for o in OBJECTS if o in (concept["from"] or "").split()), None)
         if name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from esd_lora.bases import Base
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
-from esd_lora.compose import attach, check_fits
+from esd_lora.compose import attach, check_fits, compress, stack
 from esd_lora.errors import PatchError
-from esd_lora.patch import Patch
+from esd_lora.patch import Patch, load_patch
 from esd_lora.pictures import generate
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -30,7 +31,8 @@ def other(patch: Patch) -> Patch:
         shape = (5, tensor.shape[1]) if ".lora_A." in name else (tensor.shape[0], 5)
         return torch.randn(shape, generator=generator)
 
-    return Patch({k: like(k, v) for k, v in patch.tensors.items()}, patch.info)
+    dog = {"recipe": {"concepts": [{"erase": "dog", "from": None, "replace_with": None}]}}
+    return Patch({k: like(k, v) for k, v in patch.tensors.items()}, {**patch.info, **dog})
 
 
 def delta(patch: Patch) -> Tensor:
@@ -109,3 +111,107 @@ def test_a_patch_of_the_same_base_or_of_unknown_origin_is_not_warned_of(base: Ba
         warnings.simplefilter("error")
         attach(base, [patch, replace(patch, info={})])
         check_fits(patch, base)  # it sees through the adapters that are on
+
+
+def change(patch: Patch, name: str) -> Tensor:
+    """B A of any layer, in float64."""
+    up, down = (patch.tensors[f"{name}.{factor}.weight"].double() for factor in ("lora_B", "lora_A"))
+    return up @ down
+
+
+@pytest.mark.parametrize("weights", [None, [0.7, -1.3]], ids=str)
+def test_a_stack_is_the_sum_of_its_patches_whatever_their_ranks(
+    patch: Patch, other: Patch, weights: list[float] | None
+) -> None:
+    both = stack([patch, other], weights)
+    first, second = weights or [1.0, 1.0]
+    assert both.ranks == {n: r + 5 for n, r in patch.ranks.items()}
+    for name in patch.ranks:
+        exact = first * change(patch, name) + second * change(other, name)
+        # the only rounding is that of w · B to float32
+        torch.testing.assert_close(change(both, name), exact, rtol=0, atol=1e-6 * exact.abs().max().item())
+
+
+def test_patches_of_different_layers_stack(patch: Patch, other: Patch) -> None:
+    names = list(patch.ranks)
+    left, right = only(patch, names[:3]), only(other, names[2:])
+    both = stack([left, right])
+    assert set(both.ranks) == set(names)
+    assert torch.equal(change(both, names[0]), change(patch, names[0]))
+    assert torch.equal(change(both, names[-1]), change(other, names[-1]))
+    assert both.ranks[names[2]] == patch.ranks[names[2]] + 5
+
+
+def only(patch: Patch, names: list[str]) -> Patch:
+    """The patch on some of its layers."""
+    return replace(patch, tensors={k: v for k, v in patch.tensors.items() if k.rsplit(".", 2)[0] in names})
+
+
+def test_a_stack_draws_what_the_patches_draw_together_and_reloads(
+    base: Base, patch: Patch, other: Patch, tmp_path: Path
+) -> None:
+    weak = replace(other, tensors={k: v * 0.1 for k, v in other.tensors.items()})
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    attach(base, [patch, weak], [0.5, 2.0])
+    together = base.denoiser.get_submodule(LAYER)(x)
+    stack([patch, weak], [0.5, 2.0]).save(tmp_path)
+    attach(base, [load_patch(tmp_path)])
+    # the same sums in another order: a few units in the last place of float32
+    torch.testing.assert_close(base.denoiser.get_submodule(LAYER)(x), together, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stack_tells_its_parts_and_a_stack_of_stacks_theirs(patch: Patch, other: Patch) -> None:
+    inner = stack([patch, other], [1.0, 0.5])
+    assert [(p["weight"], p["digest"]) for p in inner.info["stack"]] == [(1.0, patch.digest), (0.5, other.digest)]
+    assert [c["erase"] for c in inner.concepts] == ["cat", "dog"]
+    with pytest.warns(UserWarning, match="cat is erased by more than one of the patches") as caught:
+        outer = stack([inner, patch], [-2.0, 1.0])
+    assert len(caught) == 1
+    assert [p["weight"] for p in outer.info["stack"]] == [-2.0, -1.0, 1.0]
+    assert [c["erase"] for c in outer.concepts] == ["cat", "dog", "cat"]
+
+
+def test_patches_of_bases_with_other_weights_are_warned_of(patch: Patch, other: Patch) -> None:
+    stranger = replace(other, info={**other.info, "base": {"name": "sd15", "fingerprint": "0"}})
+    with pytest.warns(UserWarning, match="bases of different weights") as caught:
+        stack([patch, stranger])
+    assert len(caught) == 1
+
+
+def test_what_cannot_be_stacked_is_refused(patch: Patch, other: Patch) -> None:
+    name = next(iter(patch.ranks))
+    wide = replace(patch, tensors={**patch.tensors, f"{name}.lora_A.weight": torch.ones(2, 64)})
+    cases: list[tuple[list[Patch], list[float] | None, str]] = [
+        ([], None, "nothing to stack: name at least one patch with a weight other than 0"),
+        ([patch], [0.0], "nothing to stack: name at least one patch with a weight other than 0"),
+        ([patch], [float("nan")], "a weight must be a finite number, got nan"),
+        ([patch, other], [1.0], "2 patches and 1 weights; give one weight for each patch"),
+    ]
+    for patches, weights, message in cases:
+        with pytest.raises(PatchError) as caught:
+            stack(patches, weights)
+        assert str(caught.value) == message
+    with pytest.raises(PatchError, match=rf"{name} is \(32, 64\) in a patch made for .*, and \(32, 32\)"):
+        stack([patch, wide])
+
+
+def test_compressing_is_the_best_of_its_rank_and_tells_its_error(patch: Patch, other: Patch) -> None:
+    both = stack([patch, other])
+    small, errors = compress(both, 3)
+    assert set(small.ranks.values()) == {3}
+    for name, error in errors.items():
+        exact = change(both, name)
+        u, s, vt = torch.linalg.svd(exact)
+        best = (u[:, :3] * s[:3]) @ vt[:3]
+        # the factors are stored in float32
+        torch.testing.assert_close(change(small, name), best, rtol=0, atol=1e-5 * s[0].item())
+        assert error == pytest.approx(((exact - best).norm() / exact.norm()).item(), rel=1e-9)
+    assert small.info["compressed"] == {"rank": 3, "worst_error": max(errors.values())}
+
+
+def test_compressing_leaves_what_is_small_enough(patch: Patch) -> None:
+    same_patch, errors = compress(patch, 2)
+    assert same(dict(same_patch.tensors), dict(patch.tensors))
+    assert set(errors.values()) == {0.0}
+    with pytest.raises(PatchError, match="rank of 1 or more, got 0"):
+        compress(patch, 0)
