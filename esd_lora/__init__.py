@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esd_lora.bases import Base, load_base
-    from esd_lora.compose import attach
+    from esd_lora.compose import attach, compress, stack
     from esd_lora.errors import EsdLoraError
+    from esd_lora.merging import merge
     from esd_lora.patch import Patch, load_patch
     from esd_lora.pictures import generate
     from esd_lora.recipe import Concept, Recipe, load_recipe
@@ -25,10 +26,13 @@ __all__ = [
     "Patch",
     "Recipe",
     "attach",
+    "compress",
     "generate",
     "load_base",
     "load_patch",
     "load_recipe",
+    "merge",
+    "stack",
     "train",
 ]
 
@@ -39,10 +43,13 @@ _HOMES = {
     "Patch": "patch",
     "Recipe": "recipe",
     "attach": "compose",
+    "compress": "compose",
     "generate": "pictures",
     "load_base": "bases",
     "load_patch": "patch",
     "load_recipe": "recipe",
+    "merge": "merging",
+    "stack": "compose",
     "train": "training",
 }
 

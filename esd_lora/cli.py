@@ -234,6 +234,53 @@ def evaluate(
         Console(width=None if sys.stdout.isatty() else 120).print(score_table(scores))
 
 
+@app.command()
+def stack(
+    patch: Annotated[list[str], typer.Argument(help="Patches, each with an optional weight, as in P:0.5.")],
+    out: Annotated[Path, typer.Option(help="Folder for the stack.")],
+    rank: Annotated[int | None, typer.Option(help="Compress to this rank; the error is printed.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put several patches into one that does what they do together, exactly, or compressed to a rank."""
+    loaded = [_patch(p) for p in patch]
+    from esd_lora import compose
+    from esd_lora.patch import FILE_NAME
+
+    if (out / FILE_NAME).exists():
+        raise OutputError(f"{out}: holds a patch; choose another --out")
+    made = compose.stack([p for p, _ in loaded], [w for _, w in loaded])
+    errors: dict[str, float] = {}
+    if rank is not None:
+        made, errors = compose.compress(made, rank)
+    made.save(out)
+    lost = (
+        {"relative_error": {"worst": max(errors.values()), "mean": sum(errors.values()) / len(errors)}}
+        if errors
+        else {}
+    )
+    _print({"patch": str(out), **_facts(made), **lost}, as_json=as_json)
+
+
+@app.command()
+def merge(
+    patch: Annotated[list[str], typer.Argument(help="Patches, each with an optional weight, as in P:0.5.")],
+    base: Annotated[str, typer.Option(help="emoji, a folder with a diffusers pipeline, or a Hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged pipeline.")],
+    dtype: DTypeName = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Write the base with patches in its weights for good, as a pipeline that needs neither us nor peft."""
+    loaded = [_patch(p) for p in patch]
+    from esd_lora import merging
+    from esd_lora.bases import load_base
+
+    _quiet_libraries()
+    model = load_base(base, device="cpu")
+    folder = merging.merge(model, [p for p, _ in loaded], [w for _, w in loaded], out=out, dtype=dtype)
+    erased = [c["erase"] for p, _ in loaded for c in p.concepts]
+    _print({"pipeline": str(folder), "base": base, "erased": erased}, as_json=as_json)
+
+
 PACKAGE = Path(esd_lora.__file__).parent
 RECIPES = next(p for p in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if p.is_dir())
 """The shipped recipes: inside the installed package, or beside it in a checkout."""

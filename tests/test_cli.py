@@ -171,6 +171,60 @@ def test_recipes_are_listed_and_printed(call: Call) -> None:
     assert "base" in json.loads(call("recipes", name, "--json").out)
 
 
+# ---- several patches -------------------------------------------------------------------------------------------------
+
+
+def test_stack_writes_one_patch_with_its_error_where_compressed(call: Call, patch_folder: Path, tmp_path: Path) -> None:
+    result = call("stack", patch_folder, f"{patch_folder}:0.5", "--out", tmp_path / "both", "--json")
+    assert result.code == 0
+    assert "cat is erased by more than one of the patches" in result.err
+    assert json.loads(result.out)["rank"] == [4]
+    assert [p["weight"] for p in load_patch(tmp_path / "both").info["stack"]] == [1.0, 0.5]
+    result = call("stack", patch_folder, "--out", tmp_path / "small", "--rank", 1, "--json")
+    assert json.loads(result.out)["rank"] == [1]
+    assert 0 < json.loads(result.out)["relative_error"]["worst"] < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["{patch}", "--rank", "0"], "rank: a patch can be compressed to a rank of 1 or more, got 0"),
+        (["{patch}:0"], "nothing to stack: name at least one patch with a weight other than 0"),
+        (["{patch}:nan"], "{patch}:nan: the weight after the colon must be a number, got 'nan'"),
+        (
+            ["nowhere"],
+            "nowhere: no patch here; a patch is a folder with pytorch_lora_weights.safetensors, or such a file",
+        ),
+    ],
+    ids=str,
+)
+def test_what_stack_cannot_do_is_one_line(
+    call: Call, patch_folder: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    result = call("stack", *(o.format(patch=patch_folder) for o in options), "--out", tmp_path / "out")
+    assert (result.code, result.err.strip()) == (2, "error: " + message.format(patch=patch_folder))
+    assert not (tmp_path / "out").exists()
+
+
+def test_stack_never_overwrites_a_patch(call: Call, patch_folder: Path) -> None:
+    before = (patch_folder / FILE_NAME).read_bytes()
+    result = call("stack", patch_folder, "--out", patch_folder)
+    assert (result.code, result.err.strip()) == (2, f"error: {patch_folder}: holds a patch; choose another --out")
+    assert (patch_folder / FILE_NAME).read_bytes() == before
+
+
+def test_merge_writes_a_pipeline_and_only_once(
+    call: Call, patch_folder: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    result = call("merge", patch_folder, "--base", tiny_folder, "--out", tmp_path / "merged", "--json")
+    assert (result.code, json.loads(result.out)["erased"]) == (0, ["cat"])
+    assert (tmp_path / "merged" / "model_index.json").exists()
+    again = call("merge", patch_folder, "--base", tmp_path / "merged", "--out", tmp_path / "twice")
+    assert again.code == 2
+    assert f"the patch that erases cat is in the weights of {tmp_path / 'merged'} already" in again.err
+    assert not (tmp_path / "twice").exists()
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
 
 

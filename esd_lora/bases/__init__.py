@@ -13,7 +13,7 @@ from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.errors import BaseModelError
 from esd_lora.recipe import DType
 
-__all__ = ["Base", "Condition", "load_base", "pick_device"]
+__all__ = ["Base", "Condition", "load_base", "local_file", "pick_device"]
 
 FAMILIES: dict[str, type[Base]] = {"StableDiffusionPipeline": StableDiffusionBase}
 """Pipeline class, as `model_index.json` names it → contract."""
@@ -128,6 +128,17 @@ def from_hub(name: str, file: str, revision: str | None) -> Path:
         ) from None
     except OSError as error:
         raise BaseModelError(f"{name}: no such folder, and the Hub cannot be reached: {first_line(error)}") from None
+
+
+def local_file(base: Base, file: str) -> Path | None:
+    """The path of a file of the base's repository or folder, or None where it has no such file."""
+    folder = EMOJI if base.name == "emoji" else Path(base.name)
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    try:
+        return from_hub(base.name, file, base.revision)
+    except BaseModelError:
+        return None
 
 
 def first_line(error: BaseException) -> str:

@@ -1,0 +1,104 @@
+"""`merge`: patches into a base's weights for good, written as a full pipeline that stock diffusers opens.
+
+    W' = cast( W + Σ_i w_i · B_i A_i )        in float32 on a copy, cast once
+
+There is no way back: W' is rounded, so that subtracting the patches again leaves the rounding in the weights. Keep the base
+and the patches; merging again from them costs seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+from esd_lora.bases import DTYPES, Base, local_file
+from esd_lora.compose import check_fits, stack
+from esd_lora.errors import OutputError, PatchError
+from esd_lora.patch import Patch
+from esd_lora.recipe import DType
+
+RECORD = "esd_lora.json"
+"""What a merged pipeline's folder has beside `model_index.json`: the patches that are in its weights."""
+
+CARD = Path(__file__).parent / "templates" / "merged.md"
+
+
+def merge(
+    base: Base, patches: Sequence[Patch], weights: Sequence[float] | None = None, *, out: Path, dtype: DType = "fp32"
+) -> Path:
+    """The folder of a pipeline with the patches in its weights.
+
+    Args:
+        base: In float32; it is not changed.
+        patches: At least one.
+        weights: One for each patch, any sign; 1 by default.
+        out: Folder to write; must not exist yet, or be empty.
+        dtype: Of the merged denoiser; the other parts are written as the base has them.
+
+    Raises:
+        PatchError: A patch does not fit, or is in the base's weights already.
+        OutputError: `out` holds something, or cannot be written to.
+    """
+    together = stack(patches, weights)
+    check_fits(together, base)
+    before = merged_into(base)
+    for part in together.info["stack"]:
+        if part["digest"] in {p["digest"] for p in before}:
+            names = ", ".join(c["erase"] for c in part.get("recipe", {}).get("concepts", [])) or part["digest"][:12]
+            raise PatchError(f"the patch that erases {names} is in the weights of {base.name} already")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: exists already; choose another --out")
+    pipe = type(base.pipe).from_pipe(base.pipe, **{base.prefix: merged_denoiser(base, together).to(DTYPES[dtype])})
+    parts = [*before, *together.info["stack"]]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        pipe.save_pretrained(part)
+        (part / RECORD).write_text(json.dumps({"merged": parts}, indent=2) + "\n", encoding="utf-8")
+        (part / "README.md").write_text(_card(base, parts), encoding="utf-8")
+        part.chmod(0o755)
+        part.replace(out)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot write: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+@torch.no_grad()
+def merged_denoiser(base: Base, patch: Patch) -> Any:
+    """A copy of the base's denoiser with the patch in its weights, without a trace of peft."""
+    base.remove_adapters()
+    denoiser = copy.deepcopy(base.denoiser)
+    for name in patch.ranks:
+        up, down = (patch.tensors[f"{name}.{factor}.weight"].float() for factor in ("lora_B", "lora_A"))
+        weight = denoiser.get_submodule(name.removeprefix(f"{base.prefix}.")).weight
+        weight.copy_(weight.float() + (up @ down).to(weight.device))
+    return denoiser
+
+
+def merged_into(base: Base) -> list[dict[str, Any]]:
+    """What an earlier `merge` put into the weights of a base: a list of parts as in a stack; empty for other bases."""
+    path = local_file(base, RECORD)
+    parts: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["merged"] if path else []
+    return parts
+
+
+def _card(base: Base, parts: Sequence[dict[str, Any]]) -> str:
+    """The model card of a merged pipeline."""
+    rows = []
+    for part in parts:
+        concepts = part.get("recipe", {}).get("concepts", [])
+        rows.append({"erases": ", ".join(c["erase"] for c in concepts), **part})
+    data = ModelCardData(
+        library_name="diffusers", pipeline_tag="text-to-image", tags=["text-to-image", "diffusers", "concept-erasure"]
+    )
+    return str(ModelCard.from_template(data, template_path=str(CARD), base=base.name, parts=rows))

@@ -1,0 +1,91 @@
+"""Patches merged into weights: equal to base and patches, a plain pipeline on the disk, and never twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import same, weights_of
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+from esd_lora.bases import Base, load_base
+from esd_lora.compose import attach
+from esd_lora.errors import OutputError, PatchError
+from esd_lora.merging import merge
+from esd_lora.patch import Patch
+from esd_lora.pictures import generate
+
+
+def predictions(base: Base) -> torch.Tensor:
+    """The denoiser's output for fixed inputs."""
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    condition = base.encode(["a cat", "a dog", ""])
+    with torch.no_grad():
+        return base.predict(x, torch.tensor([10, 500, 900]), condition)
+
+
+@pytest.mark.parametrize("weight", [1.0, -0.5])
+def test_a_merged_pipeline_predicts_what_base_and_patch_do(
+    base: Base, patch: Patch, tmp_path: Path, weight: float
+) -> None:
+    before = weights_of(base)
+    bare = predictions(base)
+    merged = load_base(str(merge(base, [patch], [weight], out=tmp_path / "merged")))
+    assert same(weights_of(base), before)
+    attach(base, [patch], [weight])
+    together = predictions(base)
+    # W x + B (A x) against (W + B A) x: a few roundings of float32 in each of a dozen layers
+    torch.testing.assert_close(predictions(merged), together, rtol=1e-4, atol=1e-5)
+    assert (together - bare).abs().max() > 1e-2
+
+
+def test_it_is_a_plain_pipeline_without_a_trace_of_peft(base: Base, patch: Patch, tmp_path: Path) -> None:
+    out = merge(base, [patch], out=tmp_path / "merged")
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    assert not hasattr(pipe.unet, "peft_config") or not pipe.unet.peft_config
+    with safe_open(out / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+        assert sorted(file.keys()) == sorted(weights_of(base))
+    assert pipe("a cat", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"| cat | 1.0 | `{patch.digest[:16]}` |" in card
+
+
+def test_the_merged_denoiser_is_cast_once_and_the_other_parts_stay(base: Base, patch: Patch, tmp_path: Path) -> None:
+    whole = load_base(str(merge(base, [patch], out=tmp_path / "whole")))
+    half = load_base(str(merge(base, [patch], out=tmp_path / "half", dtype="fp16")))
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weights_of(half)[name], weight.half().float()), name
+    assert same(half.pipe.text_encoder.state_dict(), base.pipe.text_encoder.state_dict())
+    assert generate(half, ["cat"], [0], steps=2)[0].size == (16, 16)
+
+
+def test_a_patch_is_merged_once(base: Base, patch: Patch, tmp_path: Path) -> None:
+    once = load_base(str(merge(base, [patch], out=tmp_path / "once")))
+    with pytest.warns(UserWarning, match="weights of .* differ"), pytest.raises(PatchError) as caught:
+        merge(once, [patch], out=tmp_path / "twice")
+    assert str(caught.value) == f"the patch that erases cat is in the weights of {once.name} already"
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_folder_that_is_taken_is_refused_and_left_alone(base: Base, patch: Patch, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        merge(base, [patch], out=taken)
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+    assert [p.name for p in taken.iterdir()] == ["mine.txt"]
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    base: Base, patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
+    with pytest.raises(OutputError, match="cannot write: No space left on device"):
+        merge(base, [patch], out=tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
