@@ -57,6 +57,9 @@ class Concept(BaseModel):
     replace_with: Words | None = Field(
         None, description="Draw this instead: the anchor a of the equation. Without it the anchor is the empty prompt."
     )
+    synonyms: Annotated[tuple[Words, ...], BeforeValidator(_sequence)] = Field(
+        (), description="Other words for the concept, which closed-form keys answer to as well."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +105,11 @@ class Recipe(BaseModel):
         description="`esd-x`: cross-attention q, k, v, out. `esd-x-strict`: cross-attention k, v. `esd-u`: "
         "self-attention. `full`: both.",
     )
+    keys: Literal["learned", "closed-form"] = Field(
+        "learned",
+        description="`closed-form`: lora_A of cross-attention k and v is computed from the text encoder's vocabulary and only "
+        "lora_B is trained, so that patches stack; `layers` is then `esd-x-strict` by default.",
+    )
     rank: int = Field(4, ge=1, description="Rank of the adapters; alpha equals it.")
     objective: Literal["paper", "authors"] = Field(
         "paper",
@@ -140,6 +148,19 @@ class Recipe(BaseModel):
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints that `--resume` starts from.")
     sample_every: int = Field(0, ge=0, description="Steps between sample pictures; 0 for none.")
     log_with: Literal["tensorboard", "wandb"] | None = Field(None, description="Where to log the losses.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keyed_layers(cls, value: object) -> object:
+        if isinstance(value, Mapping) and value.get("keys") == "closed-form" and "layers" not in value:
+            return {**value, "layers": "esd-x-strict"}
+        return value
+
+    @model_validator(mode="after")
+    def _keys_have_layers(self) -> Recipe:
+        if self.keys == "closed-form" and self.layers == "esd-u":
+            raise ValueError("keys: closed-form is for cross-attention, which layers esd-u does not adapt")
+        return self
 
     def to_yaml(self) -> str:
         """The recipe as YAML; reading it gives an equal recipe."""

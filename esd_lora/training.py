@@ -31,6 +31,7 @@ from esd_lora.bases.base import Base, Condition
 from esd_lora.checkpoint import Checkpoint
 from esd_lora.errors import OutputError, RecipeError, TrainingError
 from esd_lora.esd import esd_loss
+from esd_lora.keys import closed_form_keys
 from esd_lora.patch import FILE_NAME, Patch, load_patch, write_file
 from esd_lora.recipe import Recipe
 from esd_lora.trajectories import Bank, Question, default_preserve, preserve_steps, questions_of, record
@@ -92,6 +93,9 @@ def train(
     torch.manual_seed(recipe.seed)
     base.add_adapter(layers=recipe.layers, rank=recipe.rank)
     try:
+        if recipe.keys == "closed-form":
+            keep = recipe.preserve or ()
+            base.freeze_keys(closed_form_keys(base, recipe.concepts, rank=recipe.rank, keep=keep))
         if out:  # not before the base has said that it can be adapted so: a refused run leaves nothing behind
             write_file(out / "recipe.yaml", recipe.to_yaml().encode())
         run = _begin(recipe, base, out)

@@ -28,12 +28,13 @@ def problem(**values: Any) -> str:
 
 def test_what_is_left_out_has_its_documented_default() -> None:
     recipe = make_recipe(MINIMAL)
-    given = {"base": "emoji", "concepts": [{"erase": "cat", "from": None, "replace_with": None}]}
+    given = {"base": "emoji", "concepts": [{"erase": "cat", "from": None, "replace_with": None, "synonyms": []}]}
     assert recipe.to_dict() == given | {
         "revision": None,
         "preserve": None,
         "preserve_weight": 1.0,
         "layers": "esd-x",
+        "keys": "learned",
         "rank": 4,
         "objective": "paper",
         "eta": 1.0,

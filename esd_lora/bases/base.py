@@ -95,6 +95,10 @@ class Base(ABC):
         """The condition of each prompt, on the base's device."""
 
     @abstractmethod
+    def text_states(self, prompts: Sequence[str]) -> Tensor:
+        """What k and v of cross-attention are given, (len(prompts), L, D) float32 on the CPU."""
+
+    @abstractmethod
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The denoiser's output at scaled inputs x (B, C, H, W) and timesteps t (B,), same shape as x."""
 
@@ -155,6 +159,12 @@ class Base(ABC):
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=self.layers[layers], init_lora_weights="gaussian")
         self.denoiser.add_adapter(config, adapter_name=name)
         cast_training_params(self.denoiser, torch.float32)
+
+    def freeze_keys(self, keys: Tensor, name: str = "patch") -> None:
+        """Give the adapters of cross-attention's k and v these keys (rank, D) as lora_A, and train their lora_B alone."""
+        for module in self.matched("esd-x-strict"):
+            down = self.denoiser.get_submodule(module).lora_A[name].weight
+            down.requires_grad_(False).copy_(keys)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The trainable tensors, in the order of the modules."""

@@ -44,6 +44,10 @@ class StableDiffusionBase(Base):
         )
         return Condition({"encoder_hidden_states": embeds.to(self.device, self.dtype)})
 
+    def text_states(self, prompts: Sequence[str]) -> Tensor:
+        """The text encoder's last hidden states (len(prompts), L, D), float32 on the CPU."""
+        return self.encode(prompts).tensors["encoder_hidden_states"].float().cpu()
+
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The UNet's output, (B, C, H, W)."""
         out: Tensor = self.denoiser(x, t, **condition.tensors, return_dict=False)[0]
