@@ -121,7 +121,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ),
         (
             {"concepts": ["dog", {"erase": "cat", "xyz": "dog"}]},
-            "recipe: concepts.1.xyz: unknown key; known keys: erase, from, replace_with",
+            "recipe: concepts.1.xyz: unknown key; known keys: erase, from, replace_with, synonyms",
         ),
         ({"concepts": {"from": "dog"}}, "recipe: concepts.0.erase: missing"),
         ({"concepts": ""}, "recipe: concepts.0.erase: must not be empty"),
