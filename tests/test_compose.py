@@ -31,7 +31,7 @@ def other(patch: Patch) -> Patch:
         shape = (5, tensor.shape[1]) if ".lora_A." in name else (tensor.shape[0], 5)
         return torch.randn(shape, generator=generator)
 
-    dog = {"recipe": {"concepts": [{"erase": "dog", "from": None, "replace_with": None}]}}
+    dog = {"recipe": {"concepts": [{"erase": "dog", "from": None, "replace_with": None, "synonyms": []}]}}
     return Patch({k: like(k, v) for k, v in patch.tensors.items()}, {**patch.info, **dog})
 
 

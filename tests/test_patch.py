@@ -74,7 +74,8 @@ def test_the_header_has_only_what_every_diffusers_accepts(patch_folder: Path, pa
 
 def test_a_patch_says_where_it_comes_from(patch: Patch, base: Base, tiny_folder: Path) -> None:
     assert patch.info["base"] == {"name": str(tiny_folder), "revision": None, "fingerprint": base.fingerprint}
-    assert patch.info["recipe"]["concepts"] == [{"erase": "cat", "from": None, "replace_with": None}]
+    concept = {"erase": "cat", "from": None, "replace_with": None, "synonyms": []}
+    assert patch.info["recipe"]["concepts"] == [concept]
     assert patch.info["versions"]["torch"] == torch.__version__
     # 3 steps × {c, ∅}; preserving: 3 × {∅} + 3 × {dog, ∅}; 6 × (2 + 2) × 3
     assert patch.info["cost"] == {"forward_passes": 6 + 3 + 6 + 72}
