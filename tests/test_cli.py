@@ -118,7 +118,7 @@ def test_train_takes_a_recipe_and_options_win(call: Call, tiny_folder: Path) -> 
     result = call("train", "cat.yaml", "--set", "rank=3", "--erase", "dog", "--replace-with", "a bird", "-q")
     assert (result.code, result.err) == (0, "")
     assert load_patch("runs/dog").info["recipe"]["concepts"] == [
-        {"erase": "dog", "from": None, "replace_with": "a bird"}
+        {"erase": "dog", "from": None, "replace_with": "a bird", "synonyms": []}
     ]
     assert set(load_patch("runs/dog").ranks.values()) == {3}
     again = call("train", "cat.yaml", "--set", "rank=3", "--erase", "dog", "--replace-with", "a bird", "--resume", "-q")
