@@ -5,7 +5,7 @@ PYTHON ?= python3
 # torch is pinned to what the numbers in the README were measured with; the package itself needs 2.6 or newer
 BIN := .venv/bin
 
-.PHONY: all setup demo test check style bench
+.PHONY: all setup demo test check style
 
 all: test
 

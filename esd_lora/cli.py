@@ -94,7 +94,10 @@ def train(
         def sample(n: int) -> None:
             draw_run(model, wanted, folder / f"sample-{n:05d}.png")
 
-        patch = train(wanted, model, out=folder, resume=resume, on_step=step, on_sample=sample)
+        def stage(name: str, done: int, of: int) -> None:
+            step(done, None, of, name)
+
+        patch = train(wanted, model, out=folder, resume=resume, on_step=step, on_sample=sample, on_stage=stage)
     draw_loss(folder)
     draw_run(model, wanted, folder / "grid.png", patch=patch)
     info = {"patch": str(folder), **_facts(patch)}
@@ -111,7 +114,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     patch: Patches = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the next ones count up.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next ones count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
@@ -208,8 +211,10 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
 def evaluate(
     base: Annotated[str, typer.Option(help="emoji: the evaluators know its objects and styles.")],
     patch: Annotated[list[str], typer.Option("--patch", help="A patch's folder; repeat for several.")],
-    target_seeds: Annotated[int, typer.Option(min=1, help="Pictures of each cell of the erased concept.")] = 10,
-    kept_seeds: Annotated[int, typer.Option(min=1, help="Pictures of every other cell.")] = 1,
+    target_seeds: Annotated[
+        int | None, typer.Option(min=1, help="Pictures of each cell of the erased concept. Default: 200 in all.")
+    ] = None,
+    kept_seeds: Annotated[int, typer.Option(min=1, help="Pictures of every other cell.")] = 2,
     device: DeviceName = None,
     dtype: DTypeName = "bf16",
     as_json: Json = False,
@@ -221,7 +226,7 @@ def evaluate(
 
     if base != "emoji":
         raise RecipeError(f"--base {base}: only emoji comes with evaluators so far")
-    loaded = {p: _patch(p)[0] for p in patch}
+    loaded = {p: _patch(p)[0] for p in patch if _is_folder(p)}
     _quiet_libraries()
     model = load_base(base, device=device, dtype=dtype)
     with _progress("evaluate", None, quiet=quiet) as step:
@@ -246,7 +251,7 @@ def stack(
     from esd_lora import compose
     from esd_lora.patch import FILE_NAME
 
-    if (out / FILE_NAME).exists():
+    if out.is_file() or (out / FILE_NAME).exists():
         raise OutputError(f"{out}: holds a patch; choose another --out")
     made = compose.stack([p for p, _ in loaded], [w for _, w in loaded])
     errors: dict[str, float] = {}
@@ -277,7 +282,7 @@ def merge(
     _quiet_libraries()
     model = load_base(base, device="cpu")
     folder = merging.merge(model, [p for p, _ in loaded], [w for _, w in loaded], out=out, dtype=dtype)
-    erased = [c["erase"] for p, _ in loaded for c in p.concepts]
+    erased = [c["erase"] for p, w in loaded if w for c in p.concepts]
     _print({"pipeline": str(folder), "base": base, "erased": erased}, as_json=as_json)
 
 
@@ -349,6 +354,17 @@ def _patch(text: str) -> tuple[Patch, float]:
     return load_patch(path), value
 
 
+def _is_folder(path: str) -> bool:
+    """True for a patch's folder, into which scores can be written.
+
+    Raises:
+        PatchError: It is none.
+    """
+    if not Path(path).is_dir():
+        raise PatchError(f"--patch {path}: eval writes its scores into the patch's folder, and this is none")
+    return True
+
+
 def _facts(patch: Patch) -> dict[str, Any]:
     """What a person wants to know of a patch."""
     recipe, ranks = patch.info.get("recipe", {}), patch.ranks
@@ -400,12 +416,18 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 @contextmanager
 def _progress(label: str, total: int | None, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; gives a function (done, loss, total) that moves it."""
+    """A progress bar on stderr; gives a function (done, loss, total, stage) that moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, disable=quiet or not stderr.is_terminal) as bar:
         task = bar.add_task(label, total=total)
 
-        def move(done: int, loss: float | None = None, of: int | None = None) -> None:
+        shown = label
+
+        def move(done: int, loss: float | None = None, of: int | None = None, stage: str = label) -> None:
+            nonlocal shown
+            if stage != shown:  # another kind of step: the time left is reckoned anew
+                bar.reset(task, description=stage)
+                shown = stage
             bar.update(task, completed=done, total=of if of is not None else total)
             if loss is not None:
                 bar.update(task, description=f"{label} loss {loss:.4g}")

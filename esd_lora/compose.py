@@ -58,9 +58,10 @@ def attach(base: Base, patches: Sequence[Patch], weights: Sequence[float] | None
         weights: One for each patch, any sign; 1 by default.
 
     Raises:
-        PatchError: A patch does not fit; the base is left bare.
+        PatchError: A patch does not fit, or a weight is not a number; the base is left bare.
     """
     base.remove_adapters()
+    weights = _weights_of(patches, weights)
     for patch in patches:
         check_fits(patch, base)
     names = [f"patch_{i}" for i in range(len(patches))]
@@ -69,7 +70,7 @@ def attach(base: Base, patches: Sequence[Patch], weights: Sequence[float] | None
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
             base.denoiser.load_lora_adapter(dict(patch.tensors), prefix=base.prefix, adapter_name=name)
     if names:
-        base.denoiser.set_adapters(names, list(weights or [1.0] * len(names)))
+        base.denoiser.set_adapters(names, weights)
         base.denoiser.requires_grad_(False)
     return names
 
@@ -88,7 +89,7 @@ def stack(patches: Sequence[Patch], weights: Sequence[float] | None = None) -> P
     Raises:
         PatchError: No patches, a weight that is not a number, or patches of different architectures.
     """
-    weights = [1.0] * len(patches) if weights is None else list(weights)
+    weights = _weights_of(patches, weights)
     _check_stackable(patches, weights)
     used = [(p, w) for p, w in zip(patches, weights, strict=True) if w]
     tensors: dict[str, Tensor] = {}
@@ -97,6 +98,8 @@ def stack(patches: Sequence[Patch], weights: Sequence[float] | None = None) -> P
         parts = [(p.tensors[down].float(), w * p.tensors[up].float()) for p, w in used if down in p.tensors]
         tensors[down] = torch.cat([a for a, _ in parts])
         tensors[up] = torch.cat([b for _, b in parts], 1)
+        if not torch.isfinite(tensors[up]).all():
+            raise PatchError(f"{name}: a weight is so large that the sum is not finite")
     told = [{**part, "weight": w * part["weight"]} for p, w in used for part in _parts(p)]
     return Patch(tensors, {"base": used[0][0].info.get("base", {}), "stack": told})
 
@@ -108,17 +111,27 @@ def _parts(patch: Patch) -> list[dict[str, Any]]:
     return parts
 
 
+def _weights_of(patches: Sequence[Patch], weights: Sequence[float] | None) -> list[float]:
+    """One finite weight for each patch; 1 by default.
+
+    Raises:
+        PatchError: Another number of weights, or one that is not finite.
+    """
+    weights = [1.0] * len(patches) if weights is None else list(weights)
+    if len(weights) != len(patches):
+        raise PatchError(f"{len(patches)} patches and {len(weights)} weights; give one weight for each patch")
+    bad = [w for w in weights if not math.isfinite(w)]
+    if bad:
+        raise PatchError(f"a weight must be a finite number, got {bad[0]}")
+    return weights
+
+
 def _check_stackable(patches: Sequence[Patch], weights: Sequence[float]) -> None:
     """Nothing, if the patches can be summed; a warning where that is hardly meant.
 
     Raises:
         PatchError: See `stack`.
     """
-    if len(weights) != len(patches):
-        raise PatchError(f"{len(patches)} patches and {len(weights)} weights; give one weight for each patch")
-    bad = [w for w in weights if not math.isfinite(w)]
-    if bad:
-        raise PatchError(f"a weight must be a finite number, got {bad[0]}")
     if not any(weights):
         raise PatchError("nothing to stack: name at least one patch with a weight other than 0")
     shapes: dict[str, tuple[tuple[int, int], str]] = {}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,8 +27,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from esd_lora.bases.base import Base
+from esd_lora.errors import BaseModelError, OutputError
 from esd_lora.patch import encode, write_file
 from esd_lora.recipe import Concept
+from esd_lora.trajectories import stems
 
 RIDGE = 1e-3
 """λ over the mean eigenvalue of G. Directions that the vocabulary hardly uses would get any gain; below a thousandth of
@@ -38,13 +40,18 @@ ONE = ("{}", "a {}", "a photo of a {}", "a picture of {}", "{} style")
 TWO = ("a {} and a {}", "a {} with a {}", "{} in {} style", "a {} in {} style")
 """Templates of one and of two words; in the latter each word stands beside others."""
 
-PAIRS = 6_000
+PROMPTS = 8_000
+"""Prompts that stand for a vocabulary, at least; a larger vocabulary has one for each word."""
+LENGTH = 16
+"""Tokens of a prompt that are looked at: the templates' own, and some of the padding that follows."""
 BATCH = 64
-PLAIN = frozenset(["a", "an", "the", "of", "in", "on", "with", "and", "or", "style", "from", "by", "to", "for"])
-"""Words that a concept may have without being about them."""
 
 
-def second_moment(states: Iterable[Tensor]) -> tuple[Tensor, int]:
+Moment = tuple[Tensor, int]
+"""A sum of c cᵀ, (D, D) in float64, and how many c it has."""
+
+
+def second_moment(states: Iterable[Tensor]) -> Moment:
     """Σ c cᵀ over all tokens, (D, D) in float64, and their number; from batches (N, L, D)."""
     total, count = torch.zeros(()), 0
     for batch in states:
@@ -57,7 +64,8 @@ def second_moment(states: Iterable[Tensor]) -> tuple[Tensor, int]:
 def generalised_keys(hit: Tensor, keep: Tensor, *, rank: int, ridge: float = RIDGE) -> Tensor:
     """A: the top generalised eigenvectors of (H, G + λI) as rows, (rank, D), with A H Aᵀ = I.
 
-    Through the Cholesky factor G + λI = L Lᵀ: the eigenvectors u of L⁻¹ H L⁻ᵀ give a = L⁻ᵀ u.
+    Through the Cholesky factor G + λI = L Lᵀ: the eigenvectors u of L⁻¹ H L⁻ᵀ give a = L⁻ᵀ u, and aᵀ H a is their
+    eigenvalue.
 
     Args:
         hit: H, (D, D), float64.
@@ -70,29 +78,33 @@ def generalised_keys(hit: Tensor, keep: Tensor, *, rank: int, ridge: float = RID
     white = torch.linalg.solve_triangular(lower, hit, upper=False)
     white = torch.linalg.solve_triangular(lower, white.T, upper=False)
     gain, u = torch.linalg.eigh((white + white.T) / 2)
-    rows = torch.linalg.solve_triangular(lower.T, u[:, -rank:].flip(1), upper=True).T
-    energy = torch.einsum("rd,de,re->r", rows, hit, rows)
-    energy[gain[-rank:].flip(0) < 1e-12 * gain[-1]] = torch.inf
-    keys: Tensor = rows / energy.sqrt()[:, None]
+    gain, u = gain[-rank:].flip(0), u[:, -rank:].flip(1)
+    gain[gain < 1e-9 * gain[0]] = torch.inf  # rounding, not a direction
+    keys: Tensor = torch.linalg.solve_triangular(lower.T, u, upper=True).T / gain.sqrt()[:, None]
     return keys
 
 
 def words_of(base: Base) -> list[str]:
-    """Every whole word of letters in the text encoder's vocabulary, in a fixed order."""
+    """Every whole word of letters in the text encoder's vocabulary, in a fixed order.
+
+    Raises:
+        BaseModelError: The tokenizer has none that it marks as such.
+    """
     tokens = base.pipe.tokenizer.get_vocab()
     words = {t.removesuffix("</w>") for t in tokens if t.endswith("</w>")}
-    return sorted(w for w in words if w.isalpha() and w.isascii())
+    found = sorted(w for w in words if w.isalpha() and w.isascii())
+    if not found:
+        raise BaseModelError(f"{base.name}: its tokenizer marks no whole words, so keys cannot be closed-form")
+    return found
 
 
 def prompts_of(words: Sequence[str]) -> Iterator[str]:
-    """The prompts that stand for a vocabulary: every word in a template of `ONE`, and first in templates of `TWO`.
-
-    The fewer words there are, the more others each stands beside, so that there are never fewer than `PAIRS` such prompts.
-    """
+    """The prompts that stand for a vocabulary: every word first in as many templates as `PROMPTS` has room for."""
+    templates = ONE + TWO
     for i, word in enumerate(words):
-        yield ONE[i % len(ONE)].format(word)
-        for k in range(max(1, PAIRS // len(words))):
-            yield TWO[(i + k) % len(TWO)].format(word, words[_draw(f"{word} {k}", len(words))])
+        for k in range(max(1, PROMPTS // len(words))):
+            beside = words[_draw(f"{word} {k}", len(words))]
+            yield templates[(i + k) % len(templates)].format(word, beside)
 
 
 def _draw(text: str, n: int) -> int:
@@ -100,56 +112,59 @@ def _draw(text: str, n: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % n
 
 
-def vocabulary_moment(base: Base, *, on_prompts: Callable[[int, int], None] | None = None) -> tuple[Tensor, int]:
+def prompts_moment(base: Base, prompts: Sequence[str], *, on_prompts: Callable[[int], None] | None = None) -> Moment:
+    """Σ c cᵀ over the tokens of prompts, and their number.
+
+    Args:
+        base: Its text encoder is asked.
+        prompts: Any number.
+        on_prompts: Called with the number of prompts encoded.
+    """
+
+    def states() -> Iterator[Tensor]:
+        for first in range(0, len(prompts), BATCH):
+            yield base.text_states(prompts[first : first + BATCH], length=LENGTH)
+            if on_prompts:
+                on_prompts(min(first + BATCH, len(prompts)))
+
+    return second_moment(states())
+
+
+def vocabulary_moment(base: Base, *, on_prompts: Callable[[int, int], None] | None = None) -> Moment:
     """Σ c cᵀ over the prompts of the whole vocabulary, and the number of tokens; kept on disk by the text encoder.
 
     Args:
         base: Its text encoder is asked.
         on_prompts: Called with the number of prompts encoded and their total.
     """
-    words = words_of(base)
-    path = _cache(base, words)
+    prompts = list(prompts_of(words_of(base)))
+    path = _cache(base, prompts)
     if path.exists():
         try:
             stored = safetensors.torch.load_file(path)
             return stored["moment"], int(stored["count"])
         except SafetensorError:
             path.unlink()
-    prompts, done = list(prompts_of(words)), 0
-
-    def states() -> Iterator[Tensor]:
-        nonlocal done
-        for some in _batched(prompts):
-            yield base.text_states(some)
-            done += len(some)
-            if on_prompts:
-                on_prompts(done, len(prompts))
-
-    moment, count = second_moment(states())
-    write_file(path, encode({"moment": moment, "count": torch.tensor(count)}, {}))
-    return moment, count
+    total, count = prompts_moment(base, prompts, on_prompts=on_prompts and (lambda n: on_prompts(n, len(prompts))))
+    try:
+        write_file(path, encode({"moment": total, "count": torch.tensor(count)}, {}))
+    except OutputError as error:
+        warnings.warn(f"the vocabulary's statistics are not kept for the next time: {error}", stacklevel=2)
+    return total, count
 
 
-def _batched(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The prompts, `BATCH` at a time."""
-    for first in range(0, len(prompts), BATCH):
-        yield prompts[first : first + BATCH]
-
-
-def _cache(base: Base, words: Sequence[str]) -> Path:
-    """Where the moment of a text encoder is kept: by what it answers to some of the prompts, and by all of them."""
+def _cache(base: Base, prompts: Sequence[str]) -> Path:
+    """Where the moment of a text encoder is kept: by its weights, and by what it is asked."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esd_lora" / "vocabulary"
-    prompts = list(prompts_of(words))
-    probe = base.text_states(prompts[:: max(1, len(prompts) // 8)][:8]).half().numpy().tobytes()
-    digest = hashlib.sha256("\n".join(prompts).encode() + probe).hexdigest()
-    return home / f"{digest[:32]}.safetensors"
+    asked = "\n".join((base.text_fingerprint, str(base.dtype), str(LENGTH), *prompts))
+    return home / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.safetensors"
 
 
 def concept_prompts(concepts: Sequence[Concept], words: Sequence[str]) -> list[str]:
-    """Prompts with the concepts and their synonyms: alone, and beside words of the vocabulary."""
+    """Prompts with the concepts, their synonyms and what they are erased from: alone, and beside words of the vocabulary."""
     prompts = []
     for concept in concepts:
-        for form in (concept.erase, *concept.synonyms):
+        for form in dict.fromkeys((concept.erase, *concept.synonyms, concept.prompt)):
             prompts += [t.format(form) for t in ONE]
             for k in range(16):
                 beside = words[_draw(f"{form} {k}", len(words))]
@@ -158,9 +173,49 @@ def concept_prompts(concepts: Sequence[Concept], words: Sequence[str]) -> list[s
 
 
 def named_words(concepts: Sequence[Concept]) -> set[str]:
-    """The words that the concepts are about, in lower case."""
-    text = " ".join(" ".join((c.erase, *c.synonyms)) for c in concepts)
-    return set(re.findall(r"\w+", text.lower())) - PLAIN
+    """The stems of the words that shall wake a patch: those of the concepts, and of what they are erased from.
+
+    A prompt to erase from that names the concept itself, "a cat with a party hat", keeps its other words.
+    """
+    forms = [form for c in concepts for form in (c.erase, *c.synonyms)]
+    forms += [c.prompt for c in concepts if not stems(c.erase) <= stems(c.prompt)]
+    return set().union(*map(stems, forms))
+
+
+def kept_moment(
+    base: Base,
+    concepts: Sequence[Concept],
+    keep: Sequence[str] = (),
+    *,
+    on_prompts: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """G: the second moment of the vocabulary without the concepts' words, (D, D) in float64.
+
+    Args:
+        base: Its text encoder is asked.
+        concepts: With their synonyms.
+        keep: More prompts to keep; together they weigh as much as the vocabulary.
+        on_prompts: Called with the number of vocabulary prompts encoded and their total.
+    """
+    total, count = vocabulary_moment(base, on_prompts=on_prompts)
+    named = named_words(concepts)
+    about = [p for p in prompts_of(words_of(base)) if named & stems(p)]
+    if about:
+        own, own_count = prompts_moment(base, about)
+        total, count = total - own, count - own_count
+    moment = total / count
+    if keep:
+        kept, kept_count = prompts_moment(base, keep)
+        moment = (moment + kept / kept_count) / 2
+    return moment
+
+
+def hit_moment(base: Base, concepts: Sequence[Concept]) -> Tensor:
+    """H: the second moment of prompts with the concepts, (D, D) in float64."""
+    named = named_words(concepts)
+    rest = [w for w in words_of(base) if not named & stems(w)]
+    total, count = prompts_moment(base, concept_prompts(concepts, rest))
+    return total / count
 
 
 def closed_form_keys(
@@ -178,20 +233,9 @@ def closed_form_keys(
         base: Its text encoder is asked.
         concepts: With their synonyms.
         rank: How many keys.
-        keep: Prompts that must not wake the patch, beside the vocabulary; together they weigh as much as it does.
+        keep: Prompts that must not wake the patch, beside the vocabulary.
         ridge: See `generalised_keys`.
         on_prompts: Called with the number of vocabulary prompts encoded and their total.
     """
-    words, named = words_of(base), named_words(concepts)
-    total, count = vocabulary_moment(base, on_prompts=on_prompts)
-    about = [p for p in prompts_of(words) if named & set(re.findall(r"\w+", p.lower()))]
-    if about:
-        own, own_count = second_moment(base.text_states(p) for p in _batched(about))
-        total, count = total - own, count - own_count
-    moment = total / count
-    if keep:
-        kept, kept_count = second_moment(base.text_states(p) for p in _batched(keep))
-        moment = (moment + kept / kept_count) / 2
-    rest = [w for w in words if w not in named]
-    hit, hit_count = second_moment(base.text_states(p) for p in _batched(concept_prompts(concepts, rest)))
-    return generalised_keys(hit / hit_count, moment, rank=rank, ridge=ridge).float()
+    kept = kept_moment(base, concepts, keep, on_prompts=on_prompts)
+    return generalised_keys(hit_moment(base, concepts), kept, rank=rank, ridge=ridge).float()

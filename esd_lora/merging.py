@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
 
 from esd_lora.bases import DTYPES, Base, local_file
 from esd_lora.compose import check_fits, stack
-from esd_lora.errors import OutputError, PatchError
+from esd_lora.errors import BaseModelError, OutputError, PatchError
 from esd_lora.patch import Patch
 from esd_lora.recipe import DType
 
@@ -37,7 +38,8 @@ def merge(
     """The folder of a pipeline with the patches in its weights.
 
     Args:
-        base: In float32; it is not changed.
+        base: In float32; it is not changed. It comes without safety checker and feature extractor, and so does what is
+            written.
         patches: At least one.
         weights: One for each patch, any sign; 1 by default.
         out: Folder to write; must not exist yet, or be empty.
@@ -46,9 +48,13 @@ def merge(
     Raises:
         PatchError: A patch does not fit, or is in the base's weights already.
         OutputError: `out` holds something, or cannot be written to.
+        ValueError: The base is not in float32.
     """
+    if base.dtype != torch.float32:
+        raise ValueError(f"merging adds in float32, and the base is in {base.dtype}")
     together = stack(patches, weights)
-    check_fits(together, base)
+    for patch in patches:
+        check_fits(patch, base)
     before = merged_into(base)
     for part in together.info["stack"]:
         if part["digest"] in {p["digest"] for p in before}:
@@ -56,20 +62,23 @@ def merge(
             raise PatchError(f"the patch that erases {names} is in the weights of {base.name} already")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: exists already; choose another --out")
-    pipe = type(base.pipe).from_pipe(base.pipe, **{base.prefix: merged_denoiser(base, together).to(DTYPES[dtype])})
+    pipe = type(base.pipe).from_pipe(base.pipe, **{base.prefix: merged_denoiser(base, together)}, dtype=torch.float32)
+    getattr(pipe, base.prefix).to(DTYPES[dtype])  # not before, for `from_pipe` casts too
     parts = [*before, *together.info["stack"]]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    part = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         pipe.save_pretrained(part)
         (part / RECORD).write_text(json.dumps({"merged": parts}, indent=2) + "\n", encoding="utf-8")
         (part / "README.md").write_text(_card(base, parts), encoding="utf-8")
         part.chmod(0o755)
         part.replace(out)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot write: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{out}: cannot write: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
     return out
 
 
@@ -81,14 +90,23 @@ def merged_denoiser(base: Base, patch: Patch) -> Any:
     for name in patch.ranks:
         up, down = (patch.tensors[f"{name}.{factor}.weight"].float() for factor in ("lora_B", "lora_A"))
         weight = denoiser.get_submodule(name.removeprefix(f"{base.prefix}.")).weight
-        weight.copy_(weight.float() + (up @ down).to(weight.device))
+        weight += (up @ down).to(weight.device)
     return denoiser
 
 
 def merged_into(base: Base) -> list[dict[str, Any]]:
-    """What an earlier `merge` put into the weights of a base: a list of parts as in a stack; empty for other bases."""
+    """What an earlier `merge` put into the weights of a base: a list of parts as in a stack; empty for other bases.
+
+    Raises:
+        BaseModelError: There is a record of it that cannot be read.
+    """
     path = local_file(base, RECORD)
-    parts: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["merged"] if path else []
+    if path is None:
+        return []
+    try:
+        parts: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["merged"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(f"{base.name}: its {RECORD} is not what `merge` writes") from error
     return parts
 
 

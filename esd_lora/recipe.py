@@ -157,7 +157,9 @@ class Recipe(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _keys_have_layers(self) -> Recipe:
+    def _fields_agree(self) -> Recipe:
+        if self.warmup_steps and self.lr_schedule == "constant":
+            raise ValueError("warmup_steps: lr_schedule constant has no warm-up; use constant_with_warmup")
         if self.keys == "closed-form" and self.layers == "esd-u":
             raise ValueError("keys: closed-form is for cross-attention, which layers esd-u does not adapt")
         return self
@@ -261,4 +263,4 @@ def _explain(error: Mapping[str, Any]) -> str:
         return f"{place}: name at least one"
     message = error["msg"].removeprefix("Value error, ")
     shown = "" if kind == "value_error" else f", got {given!r}"
-    return f"{place or 'recipe'}: {message[0].lower()}{message[1:]}{shown}"
+    return (f"{place}: " if place else "") + f"{message[0].lower()}{message[1:]}{shown}"

@@ -16,7 +16,7 @@ from rich.table import Table
 from esd_lora.bases.base import Base
 from esd_lora.compose import attach
 from esd_lora.emoji.evaluators import load_evaluator
-from esd_lora.emoji.vocabulary import ACCESSORY, NEIGHBOURS, OBJECTS, STYLES
+from esd_lora.emoji.vocabulary import ACCESSORY, NEIGHBOURS, OBJECTS, STYLES, WEARERS
 from esd_lora.errors import RecipeError
 from esd_lora.evaluate import (
     AttributeScores,
@@ -27,6 +27,7 @@ from esd_lora.evaluate import (
     draw,
     score,
     score_attribute,
+    whole_grid,
 )
 from esd_lora.patch import Patch, write_file
 from esd_lora.pictures import Pictures, generate, grid, save_picture
@@ -92,8 +93,8 @@ def measure_patches(
     base: Base,
     patches: Mapping[str, Patch],
     *,
-    target_seeds: int,
-    kept_seeds: int,
+    target_seeds: int | None = None,
+    kept_seeds: int = 2,
     on_picture: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Scores | AttributeScores]]:
     """The scores of each patch's concepts, also written into its file, beside it as `scores.json`, and as `grid.png`.
@@ -101,7 +102,7 @@ def measure_patches(
     Args:
         base: The embedded base, bare.
         patches: By folder.
-        target_seeds: Pictures of each cell of an erased concept.
+        target_seeds: Pictures of each cell of an erased concept; by default 200 in all.
         kept_seeds: Pictures of every other cell.
         on_picture: Called with the number of pictures drawn and their total.
 
@@ -132,7 +133,7 @@ def measure_patches(
         before, after = [bare[c] for c in cells], draw(base, cells, [patches[folder]], on_batch=batch)
         judged, own = evaluator.judge(after), evaluator.judge(before)
         if wearer:
-            scores[folder].append(score_attribute(wearer, judged, own, evaluator))
+            scores[folder].append(score_attribute(wearer, cells, judged, own, evaluator))
         else:
             scores[folder].append(score(target, cells, judged, own, evaluator))
         name = "grid.png" if len(scores[folder]) == 1 else f"grid-{len(scores[folder])}.png"
@@ -167,11 +168,12 @@ def targets_of(patch: Patch) -> list[tuple[str, str | None]]:
 
 
 def _cells(
-    target: str, wearer: str | None, others: AbstractSet[str], *, target_seeds: int, kept_seeds: int
+    target: str, wearer: str | None, others: AbstractSet[str], *, target_seeds: int | None, kept_seeds: int
 ) -> list[Cell]:
     """The answer set of a target, without what else the same patch erases: that is neither it nor to be kept."""
     if wearer:
-        cells = accessory_set(wearer, seeds=target_seeds)
+        worn = [c for w in WEARERS if w != wearer for c in accessory_set(w, seeds=kept_seeds)]
+        cells = [*accessory_set(wearer, seeds=target_seeds), *worn, *whole_grid(seeds=kept_seeds)]
     else:
         cells = answer_set(target, target_seeds=target_seeds, kept_seeds=kept_seeds)
     return [c for c in cells if not others & {c.obj, c.style}]
@@ -179,15 +181,20 @@ def _cells(
 
 def score_grid(target: str, cells: Sequence[Cell], before: Pictures, after: Pictures) -> Any:
     """Before and after for the target's cells, its neighbours' and others', the first seed of each: nothing is selected."""
-    first: dict[tuple[str, str], int] = {}
+    first: dict[tuple[str, str, bool], int] = {}
     for i, c in enumerate(cells):
-        first.setdefault((c.obj, c.style), i)
-    hit = [i for i in first.values() if target in (cells[i].obj, cells[i].style, ACCESSORY)]
+        first.setdefault((c.obj, c.style, c.hat), i)
+    wearer = cells[0].obj if target == ACCESSORY else None
+    hit = [
+        i
+        for i in first.values()
+        if target in (cells[i].obj, cells[i].style) or (cells[i].hat and cells[i].obj == wearer)
+    ]
     near = [i for i in first.values() if {cells[i].obj, cells[i].style} & set(NEIGHBOURS.get(target, ()))]
     rest = [i for i in first.values() if i not in hit and i not in near]
     hit, near = hit[:: max(1, len(hit) // 6)][:6], near[:: max(1, len(near) // 3)][:3]
     order = hit + near + rest[:: max(1, len(rest) // 5)][: 12 - len(hit) - len(near)]
-    columns = [f"{cells[i].obj}, {cells[i].style}" for i in order]
+    columns = [f"{cells[i].obj}{' with hat' if cells[i].hat else ''}, {cells[i].style}" for i in order]
     footer = f"The first {len(hit)} pictures show what was erased ({target}); the others must stay. First seeds, not selected."
     rows = [("before", [before[i] for i in order]), ("after", [after[i] for i in order])]
     return grid(rows, columns, footer=footer, side=128)
@@ -203,7 +210,8 @@ def score_table(scores: Mapping[str, Sequence[Scores | AttributeScores]]) -> Tab
     for folder, found in scores.items():
         for s in found:
             if isinstance(s, AttributeScores):
-                table.add_row(folder, ACCESSORY, s.gone.short(), "", "", s.carrier.short(), f"carrier {s.wearer}", "")
+                rates = [r.short() for r in (s.gone, s.ira, s.cra, s.carrier)]
+                table.add_row(folder, ACCESSORY, *rates, "", f"elsewhere {s.elsewhere.short()}")
             else:
                 worst = ", ".join(f"{n} {100 * r.value:.0f}" for n, r in s.worst.items())
                 rates = [r.short() for r in (s.ua, s.ira, s.cra, s.at_target)]

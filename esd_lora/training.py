@@ -13,11 +13,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Run:
     banks: dict[str, Bank] = field(default_factory=dict)  # "erase" and, where asked for, "preserve"
     step: int = 0
     passes: int = 0
+    on_stage: Callable[[str, int, int], None] | None = None
 
 
 def train(
@@ -68,6 +69,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[int, float | None], None] | None = None,
     on_sample: Callable[[int], None] | None = None,
+    on_stage: Callable[[str, int, int], None] | None = None,
 ) -> Patch:
     """The patch that a recipe asks for.
 
@@ -77,6 +79,7 @@ def train(
         out: Folder for the patch, the resolved recipe and the checkpoints; None keeps everything in memory.
         resume: Go on from the checkpoint in `out`, if there is one.
         on_step: Called after every step with the number of steps done and, now and then, the loss.
+        on_stage: Called while something else than steps is under way, with its name, what is done of it, and the whole.
         on_sample: Called every `sample_every` steps with the number of steps done, adapters on.
 
     Raises:
@@ -89,16 +92,19 @@ def train(
     if finished:
         return finished
     started = time.monotonic()
+    _check_environment(recipe, base, out)
     base.remove_adapters()
     torch.manual_seed(recipe.seed)
     base.add_adapter(layers=recipe.layers, rank=recipe.rank)
     try:
         if recipe.keys == "closed-form":
             keep = recipe.preserve or ()
-            base.freeze_keys(closed_form_keys(base, recipe.concepts, rank=recipe.rank, keep=keep))
+            tell = on_stage and partial(on_stage, "vocabulary")
+            base.freeze_keys(closed_form_keys(base, recipe.concepts, rank=recipe.rank, keep=keep, on_prompts=tell))
         if out:  # not before the base has said that it can be adapted so: a refused run leaves nothing behind
             write_file(out / "recipe.yaml", recipe.to_yaml().encode())
         run = _begin(recipe, base, out)
+        run.on_stage = on_stage
         checkpoint = Checkpoint(out / "checkpoint.safetensors") if out else None
         if checkpoint and resume and checkpoint.path.exists():
             _restore(run, checkpoint)
@@ -107,9 +113,9 @@ def train(
     finally:
         base.remove_adapters()
     if out:
-        patch.save(out)
         write_file(out / "loss.csv", _csv(run.losses))
-        write_file(out / "run.yaml", _cost(started))
+        write_file(out / "run.yaml", _cost(started, base.device))
+        patch.save(out)  # the last, for it says that the run is done
         Path(out / "checkpoint.safetensors").unlink(missing_ok=True)
     return patch
 
@@ -129,7 +135,8 @@ def _prepare_folder(out: Path | None, recipe: Recipe, *, resume: bool) -> Patch 
     written = out / "recipe.yaml"
     if not holds and not (resume and written.exists()):  # a run may have broken off before its first checkpoint
         if out.is_dir() and any(out.iterdir()):
-            raise OutputError(f"{out}: not empty, and holds no run; choose another --out")
+            begun = written.exists() and "it holds a run that broke off; go on with it by --resume, or "
+            raise OutputError(f"{out}: {begun or 'not empty, and holds no run; '}choose another --out")
         return None
     if not resume:
         raise OutputError(f"{out}: holds another run; choose another --out, or go on with it by --resume")
@@ -138,11 +145,21 @@ def _prepare_folder(out: Path | None, recipe: Recipe, *, resume: bool) -> Patch 
     return load_patch(out) if FILE_NAME in holds else None
 
 
-def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
-    """A run at step 0: prompts encoded, optimizer ready, nothing recorded yet."""
+def _check_environment(recipe: Recipe, base: Base, out: Path | None) -> None:
+    """Nothing, if this machine can do what the recipe asks for.
+
+    Raises:
+        RecipeError: It lacks a package, or the precision is not for this device.
+    """
     if recipe.log_with and (out is None or importlib.util.find_spec(recipe.log_with) is None):
         need = "an output folder" if out is None else f"its package: pip install esd_lora[{recipe.log_with}]"
         raise RecipeError(f"log_with: {recipe.log_with} needs {need}")
+    if recipe.dtype == "fp16" and base.device.type == "cpu":
+        raise RecipeError("dtype: fp16 cannot be trained on a CPU; try bf16")
+
+
+def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
+    """A run at step 0: prompts encoded, optimizer ready, nothing recorded yet."""
     AcceleratorState._reset_state(reset_partial_state=True)  # else a second run with another dtype is refused
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.dtype, recipe.dtype),
@@ -195,7 +212,7 @@ def _loop(
                 on_sample(run.step)
                 run.base.free_encoders()
     except KeyboardInterrupt:
-        if checkpoint and run.step and whole and torch.isfinite(run.losses).all():
+        if checkpoint and run.step and whole and torch.isfinite(run.losses).all() and _adapters_finite(run):
             _save(run, checkpoint)
         raise
     run.accelerator.end_training()
@@ -216,6 +233,7 @@ def _fill_banks(run: Run) -> None:
             guidance_scale=recipe.guidance_scale,
             resolution=recipe.resolution,
             edited=edited,
+            on_step=run.on_stage and partial(run.on_stage, "record"),
         )
         run.passes += passes
         return bank
@@ -235,11 +253,13 @@ def _step(run: Run) -> None:
     x, t, target, s, weight = [], [], [], [], []
     for kind, (name, bank) in enumerate(run.banks.items()):
         order = _rows(len(bank), run.step, recipe, kind)
+        if bank.x.device.type == "cuda":
+            order = order.pin_memory()
         rows = order.to(bank.x.device, non_blocking=True)
         x.append(bank.x[rows])
         t.append(bank.t[rows])
         target.append(bank.target[rows])
-        s.append(bank.s[order])
+        s.append(bank.s[rows])
         factor = recipe.preserve_weight if name == "preserve" else 1.0
         weight.append(torch.full((len(rows),), factor / len(rows), device=bank.x.device))
     with accelerator.autocast():
@@ -274,8 +294,7 @@ def _look(run: Run, checkpoint: Checkpoint | None) -> float:
     """The newest loss, after checking that all of them are numbers."""
     losses = run.losses[: run.step].cpu()
     bad = (~torch.isfinite(losses)).nonzero()
-    broken = not all(torch.isfinite(p).all() for p in run.base.adapter_parameters())
-    if len(bad) or broken:
+    if len(bad) or not _adapters_finite(run):
         kept = f"; the checkpoint of step {checkpoint.step} is kept" if checkpoint and checkpoint.path.exists() else ""
         raise TrainingError(
             (
@@ -283,12 +302,17 @@ def _look(run: Run, checkpoint: Checkpoint | None) -> float:
                 if len(bad)
                 else f"the adapters are no longer finite at step {run.step}: "
             )
-            + f"try a lower lr (now {run.recipe.lr:g}), warmup_steps, or dtype fp32 or bf16{kept}"
+            + f"in another --out try a lower lr (now {run.recipe.lr:g}), warmup_steps, or dtype fp32 or bf16{kept}"
         )
     loss = losses[-1].item()
     if run.recipe.log_with:
         run.accelerator.log({"loss": loss, "lr": run.schedule.get_last_lr()[0]}, step=run.step)
     return loss
+
+
+def _adapters_finite(run: Run) -> bool:
+    """Whether every number of the adapters is one."""
+    return all(bool(torch.isfinite(p).all()) for p in run.base.adapter_parameters())
 
 
 def _save(run: Run, checkpoint: Checkpoint) -> None:
@@ -329,7 +353,7 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
     for name in ("erase", "preserve"):
         part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
         if part:
-            run.banks[name] = Bank(**{k: v if k == "s" else v.to(run.base.device) for k, v in part.items()})
+            run.banks[name] = Bank(**{k: v.to(run.base.device) for k, v in part.items()})
     run.losses.copy_(tensors["losses"])
     run.step, run.passes = state["step"], state["passes"]
 
@@ -351,11 +375,14 @@ def _csv(losses: Tensor) -> bytes:
     return "\n".join(["step,loss", *(f"{i},{v:.6g}" for i, v in enumerate(losses.tolist(), 1)), ""]).encode()
 
 
-def _cost(started: float) -> bytes:
-    """What the run cost on this machine, as YAML."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
+def _cost(started: float, device: torch.device) -> bytes:
+    """What the run, or its last part where it was resumed, cost on this machine, as YAML."""
+    rows = [f"seconds: {time.monotonic() - started:.2f}"]
+    if device.type == "cuda":
+        rows.append(f"peak_memory_mb: {torch.cuda.max_memory_allocated(device) / 1e6:.0f}")
+    elif sys.platform != "win32":  # which has no such counter
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"seconds: {time.monotonic() - started:.2f}\npeak_memory_mb: {peak / 1e6:.0f}\n".encode()
+        rows.append(f"peak_memory_mb: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:.0f}")
+    return "\n".join([*rows, ""]).encode()

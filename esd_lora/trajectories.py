@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -58,6 +58,10 @@ EVERYDAY = (
 """Subjects and looks that most owners of a model want to keep."""
 
 
+PLAIN = frozenset(["a", "an", "the", "of", "in", "on", "with", "and", "or", "style", "from", "by", "to", "for"])
+"""Words that a concept may have without being about them."""
+
+
 @dataclass(frozen=True)
 class Question:
     """What the student is asked, in rows of the encoded prompts; row 0 is the empty prompt.
@@ -93,13 +97,17 @@ class Bank:
 
 
 def default_preserve(concepts: Sequence[Concept]) -> tuple[str, ...]:
-    """The prompts kept where a recipe names none: the empty one, and everyday ones without the words of the concepts."""
+    """The prompts kept where a recipe names none: the empty one, and everyday ones without the words of the concepts.
 
-    def stems(text: str) -> set[str]:
-        return {w.rstrip("s") for w in re.findall(r"\w+", text.lower())} - {"a", "an", "the"}
-
-    named = {w for c in concepts for w in stems(f"{c.erase} {c.from_ or ''}")}
+    What a concept is erased *from* is kept: it shall stay.
+    """
+    named = {w for c in concepts for form in (c.erase, *c.synonyms) for w in stems(form)}
     return ("", *(p for p in EVERYDAY if not named & stems(p)))
+
+
+def stems(text: str) -> set[str]:
+    """The words of a text in lower case, without a final s, but for those that it is not about."""
+    return {w.rstrip("s") for w in re.findall(r"\w+", text.lower()) if w not in PLAIN}
 
 
 def questions_of(recipe: Recipe) -> tuple[list[str], list[Question], list[Question]]:
@@ -140,6 +148,7 @@ def record(
     guidance_scale: float,
     resolution: int | None = None,
     edited: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[Bank, int]:
     """The bank of one trajectory per question, and the number of forward passes that it cost.
 
@@ -152,6 +161,7 @@ def record(
         guidance_scale: Of the trajectories.
         resolution: In pixels; None for the base's own.
         edited: Move along the student's predictions instead of the teacher's.
+        on_step: Called with the number of denoising steps done and their total.
     """
     scheduler = base.scheduler
     scheduler.set_timesteps(steps, device=base.device)
@@ -172,8 +182,10 @@ def record(
             passes += cost
         move = guided(eps[0], eps[1], guidance_scale=guidance_scale)
         x_t = scheduler.step(move, t, x_t, **extra, return_dict=False)[0]
+        if on_step:
+            on_step(len(examples), len(scheduler.timesteps))
     x, ts, target = (torch.cat(part) for part in zip(*examples, strict=True))
-    return Bank(x, ts, target, rows[:, 0].repeat(len(examples))), passes
+    return Bank(x, ts, target, rows[:, 0].repeat(len(examples)).to(x.device)), passes
 
 
 def _predict_roles(base: Base, x: Tensor, t: Tensor, conditions: Condition, rows: Tensor) -> tuple[list[Tensor], int]:

@@ -28,7 +28,8 @@ def main() -> None:
     started = time.monotonic()
     names = ("clock", "neon")
     for name in names:
-        shutil.rmtree(out / name, ignore_errors=True)  # the demo's own folders, from an earlier time
+        if (out / name / "recipe.yaml").exists():  # the demo's own folder, from an earlier time
+            shutil.rmtree(out / name)
         esd_lora("train", f"emoji/{name}", "--out", str(out / name))
     patches = [part for name in names for part in ("--patch", str(out / name))]
     esd_lora("eval", "--base", "emoji", "--target-seeds", "5", *patches)

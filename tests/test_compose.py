@@ -171,6 +171,34 @@ def test_a_stack_tells_its_parts_and_a_stack_of_stacks_theirs(patch: Patch, othe
     assert [c["erase"] for c in outer.concepts] == ["cat", "dog", "cat"]
 
 
+def test_weights_are_checked_before_anything_is_attached(base: Base, patch: Patch) -> None:
+    before = weights_of(base)
+    for weights, message in (([1.0, 2.0], "1 patches and 2 weights"), ([float("inf")], "a finite number, got inf")):
+        with pytest.raises(PatchError, match=message):
+            attach(base, [patch], weights)
+    with pytest.raises(PatchError, match="a weight is so large that the sum is not finite"):
+        stack([patch], [1e39])
+    assert same(weights_of(base), before)
+
+
+def test_a_stack_of_unequal_ranks_and_layers_loads_into_plain_diffusers(
+    base: Base, patch: Patch, other: Patch, tmp_path: Path
+) -> None:
+    names = list(patch.ranks)
+    both = stack([only(patch, names[:5]), only(other, names[3:])], [0.3, 0.02])
+    assert len(set(both.ranks.values())) == 3
+    both.save(tmp_path)
+    attach(base, [both])
+    ours = generate(base, ["a cat"], [0], steps=2)[0]
+    pipe = tiny_pipeline()
+    pipe.load_lora_weights(tmp_path)
+    state = {k: v for k, v in pipe.unet.state_dict().items() if "lora_" in k}
+    assert len(state) == len(both.tensors)
+    latents = base.initial_latents([0])
+    theirs = pipe("a cat", latents=latents, num_inference_steps=2, guidance_scale=7.5).images[0]
+    assert theirs.tobytes() == ours.tobytes()
+
+
 def test_patches_of_bases_with_other_weights_are_warned_of(patch: Patch, other: Patch) -> None:
     stranger = replace(other, info={**other.info, "base": {"name": "sd15", "fingerprint": "0"}})
     with pytest.warns(UserWarning, match="bases of different weights") as caught:

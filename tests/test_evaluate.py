@@ -11,7 +11,7 @@ import torch
 from esd_lora.emoji.evaluators import Judgement
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES
 from esd_lora.errors import RecipeError
-from esd_lora.evaluate import Cell, accessory_set, answer_set, score, score_attribute
+from esd_lora.evaluate import Cell, accessory_set, answer_set, score, score_attribute, whole_grid
 from esd_lora.patch import Patch
 from esd_lora.report import measure_patches, targets_of
 
@@ -45,6 +45,15 @@ def test_scores_of_an_object_worked_by_hand() -> None:
     assert found.replaced_by == {"dog": 20, "cat": 4}
 
 
+def test_what_is_lost_completely_is_the_worst() -> None:
+    cells = answer_set("cat", target_seeds=1)
+    asked = seen([c.obj for c in cells], [c.style for c in cells])
+    now = seen(["other" if c.obj == "camera" else c.obj for c in cells], [c.style for c in cells])
+    found = score("cat", cells, now, asked, EVALUATOR)  # the camera is the last of all objects
+    assert next(iter(found.worst)) == "camera"
+    assert found.worst["camera"].value == 0
+
+
 def test_scores_of_a_style_count_the_pictures_of_the_erased_style_no_more_than_others() -> None:
     cells = answer_set("neon", target_seeds=9, kept_seeds=1)
     asked = seen([c.obj for c in cells], [c.style for c in cells])
@@ -56,13 +65,21 @@ def test_scores_of_a_style_count_the_pictures_of_the_erased_style_no_more_than_o
 
 
 def test_an_attribute_is_gone_and_its_carrier_stays() -> None:
-    cells = accessory_set("cat", seeds=2)
-    worn = seen(["cat"] * 12, ["ink"] * 12, [True] * 12)
-    bare = seen(["cat"] * 9 + ["other"] * 3, ["ink"] * 12, [False] * 11 + [True])
-    found = score_attribute("cat", bare, worn, EVALUATOR)
-    assert all(c.hat for c in cells)
-    assert (found.gone.value, found.gone.base) == (11 / 12, 0)
+    cells = [*accessory_set("cat", seeds=2), *accessory_set("dog", seeds=1), *whole_grid(seeds=1)]
+    asked = seen([c.obj for c in cells], [c.style for c in cells], [c.hat for c in cells])
+    objects = ["other" if i < 3 or c.obj == "bus" else c.obj for i, c in enumerate(cells)]
+    hats = [c.hat and (i == 0 or 12 <= i < 14) for i, c in enumerate(cells)]  # one of twelve cats, two of six dogs
+    found = score_attribute("cat", cells, seen(objects, [c.style for c in cells], hats), asked, EVALUATOR)
+    assert (found.gone.value, found.gone.n, found.gone.base) == (11 / 12, 12, 0)
     assert (found.carrier.value, found.carrier.base) == (9 / 12, 1)
+    assert (found.elsewhere.value, found.elsewhere.n) == (2 / 6, 6)
+    assert (found.ira.value, found.ira.n, found.cra.value) == (19 / 20, 120, 1)
+
+
+def test_two_hundred_pictures_of_a_target_are_enough() -> None:
+    for target, n in (("cat", 204), ("ink", 200)):
+        assert sum(target in (c.obj, c.style) for c in answer_set(target)) == n
+    assert len(accessory_set("cat")) == 204
 
 
 def test_one_concept_in_several_phrasings_is_measured_once() -> None:

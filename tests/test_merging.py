@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import same, weights_of
 from diffusers import StableDiffusionPipeline
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from esd_lora.bases import Base, load_base
 from esd_lora.compose import attach
-from esd_lora.errors import OutputError, PatchError
+from esd_lora.errors import BaseModelError, OutputError, PatchError
 from esd_lora.merging import merge
 from esd_lora.patch import Patch
 from esd_lora.pictures import generate
@@ -55,8 +55,9 @@ def test_it_is_a_plain_pipeline_without_a_trace_of_peft(base: Base, patch: Patch
 def test_the_merged_denoiser_is_cast_once_and_the_other_parts_stay(base: Base, patch: Patch, tmp_path: Path) -> None:
     whole = load_base(str(merge(base, [patch], out=tmp_path / "whole")))
     half = load_base(str(merge(base, [patch], out=tmp_path / "half", dtype="fp16")))
-    for name, weight in weights_of(whole).items():
-        assert torch.equal(weights_of(half)[name], weight.half().float()), name
+    with safe_open(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+        for name, weight in weights_of(whole).items():
+            assert torch.equal(file.get_tensor(name), weight.half()), name
     assert same(half.pipe.text_encoder.state_dict(), base.pipe.text_encoder.state_dict())
     assert generate(half, ["cat"], [0], steps=2)[0].size == (16, 16)
 
@@ -79,11 +80,28 @@ def test_a_folder_that_is_taken_is_refused_and_left_alone(base: Base, patch: Pat
     assert [p.name for p in taken.iterdir()] == ["mine.txt"]
 
 
+def test_a_base_that_is_not_in_float32_is_refused(tiny_folder: Path, patch: Patch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the base is in torch\.bfloat16"):
+        merge(load_base(str(tiny_folder), dtype="bf16"), [patch], out=tmp_path / "merged")
+
+
+def test_a_record_that_is_none_is_named(base: Base, patch: Patch, tmp_path: Path) -> None:
+    once = merge(base, [patch], out=tmp_path / "once")
+    (once / "esd_lora.json").write_text("[]")
+    with pytest.warns(UserWarning, match="differ"), pytest.raises(BaseModelError, match=r"its esd_lora\.json is not"):
+        merge(load_base(str(once)), [patch], out=tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("No space left on device")],
+    ids=["os", "safetensors"],
+)
 def test_a_disk_that_fills_up_leaves_nothing(
-    base: Base, patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Base, patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
     with pytest.raises(OutputError, match="cannot write: No space left on device"):

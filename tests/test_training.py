@@ -304,7 +304,7 @@ def test_a_run_that_broke_off_before_its_first_checkpoint_starts_again(
         train(recipe_of(), base, out=tmp_path / "run")
     monkeypatch.setattr(training, "record", honest)
     assert names_in(tmp_path / "run") == ["recipe.yaml"]
-    with pytest.raises(OutputError, match="not empty, and holds no run"):
+    with pytest.raises(OutputError, match="holds a run that broke off; go on with it by --resume"):
         train(recipe_of(), base, out=tmp_path / "run")
     with pytest.raises(OutputError, match="another recipe"):
         train(recipe_of(rank=3), base, out=tmp_path / "run", resume=True)
@@ -383,7 +383,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_checkpoin
     with pytest.raises(TrainingError) as caught:
         train(recipe_of(steps=20, checkpoint_every=2), base, out=tmp_path / "run")
     assert str(caught.value) == (
-        "the loss was nan at step 5: try a lower lr (now 0.001), warmup_steps, or dtype fp32 or bf16"
+        "the loss was nan at step 5: in another --out try a lower lr (now 0.001), warmup_steps, or dtype fp32 or bf16"
         "; the checkpoint of step 4 is kept"
     )
     assert names_in(tmp_path / "run") == [CHECKPOINT, "recipe.yaml"]
@@ -395,7 +395,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_checkpoin
 
 def test_a_learning_rate_that_is_far_too_high_ends_the_run_at_its_step(base: Base, recipe_of: RecipeOf) -> None:
     with pytest.raises(
-        TrainingError, match=r"^the loss was (nan|inf) at step 2: try a lower lr \(now 1e\+30\)"
+        TrainingError, match=r"^the loss was (nan|inf) at step 2: in another --out try a lower lr \(now 1e\+30\)"
     ) as caught:
         train(recipe_of(lr=1e30, lr_schedule="constant"), base)
     assert "kept" not in str(caught.value)
@@ -460,6 +460,37 @@ def test_what_the_base_cannot_do_is_refused_and_leaves_no_folder(
     with pytest.raises(BaseModelError, match="match nothing"):
         train(recipe_of(), plain, out=tmp_path / "run")
     assert names_in(tmp_path) == []
+
+
+def test_what_this_machine_cannot_do_is_refused_and_leaves_no_folder(
+    base: Base, recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match=r"^dtype: fp16 cannot be trained on a CPU; try bf16$"):
+        train(recipe_of(dtype="fp16"), base, out=tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"^log_with: tensorboard needs an output folder$"):
+        train(recipe_of(log_with="tensorboard"), base)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match=r"needs its package: pip install esd_lora\[wandb\]$"):
+        train(recipe_of(log_with="wandb"), base, out=tmp_path / "run")
+    assert names_in(tmp_path) == []
+
+
+def test_a_run_that_breaks_off_while_its_last_files_are_written_can_go_on(
+    base: Base, recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, honest = recipe_of(checkpoint_every=2), training.write_file
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "run.yaml":
+            raise OutputError(f"{path}: cannot write: No space left on device")
+        honest(path, data)
+
+    monkeypatch.setattr(training, "write_file", full)
+    with pytest.raises(OutputError):
+        train(recipe, base, out=tmp_path / "run")
+    monkeypatch.undo()
+    assert same(train(recipe, base, out=tmp_path / "run", resume=True).tensors, train(recipe, base).tensors)
+    assert names_in(tmp_path / "run") == ["loss.csv", FILE_NAME, "recipe.yaml", "run.yaml"]
 
 
 def test_adapters_that_were_on_do_not_train_along(base: Base, recipe_of: RecipeOf) -> None:

@@ -131,14 +131,22 @@ def from_hub(name: str, file: str, revision: str | None) -> Path:
 
 
 def local_file(base: Base, file: str) -> Path | None:
-    """The path of a file of the base's repository or folder, or None where it has no such file."""
+    """The path of a file of the base's repository or folder, or None where it has no such file.
+
+    Raises:
+        BaseModelError: The Hub cannot say.
+    """
     folder = EMOJI if base.name == "emoji" else Path(base.name)
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
     try:
         return from_hub(base.name, file, base.revision)
-    except BaseModelError:
-        return None
+    except BaseModelError as error:
+        if isinstance(error.__context__, RemoteEntryNotFoundError):
+            return None
+        raise
 
 
 def first_line(error: BaseException) -> str:

@@ -95,8 +95,12 @@ class Base(ABC):
         """The condition of each prompt, on the base's device."""
 
     @abstractmethod
-    def text_states(self, prompts: Sequence[str]) -> Tensor:
-        """What k and v of cross-attention are given, (len(prompts), L, D) float32 on the CPU."""
+    def text_states(self, prompts: Sequence[str], *, length: int) -> Tensor:
+        """What k and v of cross-attention are given, (len(prompts), L, D) float32 on the CPU.
+
+        L is the number of the prompts' tokens that are looked at, `length` or all that there are. Text encoders that are
+        causal give the same states to the first tokens of a prompt, however many follow.
+        """
 
     @abstractmethod
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -124,6 +128,16 @@ class Base(ABC):
         dtypes = (p.dtype for n, p in self.denoiser.named_parameters() if "lora_" not in n)
         dtype: torch.dtype = next(dtypes)
         return dtype
+
+    @property
+    def text_fingerprint(self) -> str:
+        """SHA-256 over the weights of the text encoders, rounded to float16, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name, part in sorted(self.pipe.components.items()):
+            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                for weight in part.parameters():
+                    digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def scheduler(self) -> Any:

@@ -44,9 +44,14 @@ class StableDiffusionBase(Base):
         )
         return Condition({"encoder_hidden_states": embeds.to(self.device, self.dtype)})
 
-    def text_states(self, prompts: Sequence[str]) -> Tensor:
+    @torch.no_grad()
+    def text_states(self, prompts: Sequence[str], *, length: int) -> Tensor:
         """The text encoder's last hidden states (len(prompts), L, D), float32 on the CPU."""
-        return self.encode(prompts).tensors["encoder_hidden_states"].float().cpu()
+        encoder, tokenizer = self.pipe.text_encoder.to(self.device), self.pipe.tokenizer
+        length = min(length, tokenizer.model_max_length)
+        how = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        states: Tensor = encoder(tokenizer(list(prompts), **how).input_ids.to(self.device)).last_hidden_state
+        return states.float().cpu()
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The UNet's output, (B, C, H, W)."""
