@@ -102,6 +102,7 @@ def write_file(path: Path, data: bytes) -> None:
         OutputError: The folder cannot be made or written to, or the disk is full.
     """
     part = None
+    made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -111,12 +112,15 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(part, 0o644)
         os.replace(part, path)
-        part = None
+        part, made = None, []
     except OSError as error:
         raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
         if part:
             Path(part).unlink(missing_ok=True)
+        for folder in made:  # deepest first
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def load_patch(path: str | Path) -> Patch:

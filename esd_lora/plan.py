@@ -139,24 +139,28 @@ def make_plan(recipe: Recipe) -> Plan:
         first_modules=tuple(modules[:3]),
         adapter_parameters=adapters,
         patch_bytes=4 * adapters,
-        passes=count_passes(recipe),
+        passes=count_passes(recipe, denoising_steps=facts.denoising_steps),
         memory=_memory(recipe, base, facts, side=resolution // facts.vae_scale_factor),
     )
 
 
-def count_passes(recipe: Recipe) -> Passes:
+def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int) -> Passes:
     """How often the denoiser is asked: the number that `train` writes into the patch.
 
     A step of a trajectory asks the teacher once for each different prompt among the student's s, the empty one, the
     concept c and the anchor a. With `x_t: edited` the student is asked for s and the empty prompt on top, and all
     of it is done again at each refresh.
+
+    Args:
+        recipe: What to train.
+        denoising_steps: Of a trajectory of S steps, how many the base's scheduler takes.
     """
     _, erase, preserve = questions_of(resolve(recipe))
     edited = recipe.x_t == "edited"
     banks = math.ceil(recipe.steps / recipe.refresh_every) if edited else 1
     asked = sum(len({q.s, 0, q.c, q.a}) + (2 if edited else 0) for q in erase)
-    concepts = banks * recipe.trajectories * recipe.trajectory_steps * asked
-    preservation = preserve_steps(recipe, preserve) * sum(len({q.s, 0}) for q in preserve)
+    concepts = banks * recipe.trajectories * denoising_steps(recipe.trajectory_steps) * asked
+    preservation = denoising_steps(preserve_steps(recipe, preserve)) * sum(len({q.s, 0}) for q in preserve)
     training = 3 * recipe.steps * _rows(recipe)
     total = concepts + preservation + training
     each = total / (recipe.steps * recipe.batch_size)

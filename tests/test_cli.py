@@ -206,6 +206,13 @@ def test_what_stack_cannot_do_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_eval_refuses_what_it_cannot_write_scores_into(call: Call, patch_folder: Path) -> None:
+    for name in (f"{patch_folder}:0.5", f"{patch_folder}/{FILE_NAME}"):
+        result = call("eval", "--base", "emoji", "--patch", name)
+        assert result.code == 2
+        assert f"--patch {name}: eval writes its scores into the patch's folder, and this is none" in result.err
+
+
 def test_stack_never_overwrites_a_patch(call: Call, patch_folder: Path) -> None:
     before = (patch_folder / FILE_NAME).read_bytes()
     result = call("stack", patch_folder, "--out", patch_folder)

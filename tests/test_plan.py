@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from tiny import save_tiny, tiny_pipeline
 from torch.profiler import ProfilerActivity, profile
@@ -106,6 +107,17 @@ def test_passes_are_those_that_the_trainer_counts(
     assert passes.concepts == 2 * 3 * concepts
     patch = train(recipe, load_base(recipe.base, device="cpu"))
     assert passes.total == patch.info["cost"]["forward_passes"]
+
+
+def test_a_scheduler_that_takes_a_step_more_is_counted(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    pipe.save_pretrained(tmp_path)
+    recipe = recipe_of(str(tmp_path), preserve=["a dog"], steps=5, trajectories=2, trajectory_steps=6, batch_size=2)
+    passes = make_plan(recipe).passes
+    assert passes.concepts == 2 * (6 + 1) * 2
+    assert passes.total == train(recipe, load_base(recipe.base, device="cpu")).info["cost"]["forward_passes"]
+    assert make_plan(recipe_of(SD15, trajectories=1, trajectory_steps=20)).passes.concepts == 21 * 2
 
 
 def test_default_preserve_list_is_counted() -> None:

@@ -127,6 +127,14 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"concepts": ""}, "recipe: concepts.0.erase: must not be empty"),
         ({"concepts": " \t"}, "recipe: concepts.0.erase: must not be empty"),
         ({"concepts": ["cat", ""]}, "recipe: concepts.1.erase: must not be empty"),
+        (
+            {"keys": "closed-form", "layers": "esd-u"},
+            "recipe: keys: closed-form is for cross-attention, which layers esd-u does not adapt",
+        ),
+        (
+            {"warmup_steps": 5, "lr_schedule": "constant"},
+            "recipe: warmup_steps: lr_schedule constant has no warm-up; use constant_with_warmup",
+        ),
         ({"concepts": []}, "recipe: concepts: name at least one"),
         ({"concepts": {"erase": "cat", "from": " "}}, "recipe: concepts.0.from: must not be empty"),
         ({"concepts": {"erase": "cat", "replace_with": ""}}, "recipe: concepts.0.replace_with: must not be empty"),

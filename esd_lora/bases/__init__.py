@@ -38,7 +38,10 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     """
     where = pick_device(device)
     source = str(EMOJI) if name == "emoji" else name
-    index = model_index(name, source, revision)
+    path = index_path(name, source, revision)
+    if path.parent.parent.name == "snapshots":  # of the Hub's cache: what a branch or tag means today
+        revision = path.parent.name
+    index = read_index(name, path)
     kind = index.get("_class_name")
     if kind not in FAMILIES:
         raise BaseModelError(
@@ -80,7 +83,16 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def model_index(name: str, source: str, revision: str | None) -> dict[str, Any]:
-    """The pipeline's `model_index.json`, from a folder or the Hub.
+    """What the pipeline's `model_index.json` says, from a folder or the Hub.
+
+    Raises:
+        BaseModelError: There is none, or it is not JSON.
+    """
+    return read_index(name, index_path(name, source, revision))
+
+
+def index_path(name: str, source: str, revision: str | None) -> Path:
+    """Where the pipeline's `model_index.json` is, or where it was downloaded to.
 
     Raises:
         BaseModelError: There is none.
@@ -94,6 +106,15 @@ def model_index(name: str, source: str, revision: str | None) -> dict[str, Any]:
         raise BaseModelError(f"{name}: is a file; give a folder with a diffusers pipeline, or a Hub id")
     else:
         path = from_hub(name, "model_index.json", revision)
+    return path
+
+
+def read_index(name: str, path: Path) -> dict[str, Any]:
+    """What a `model_index.json` says.
+
+    Raises:
+        BaseModelError: It is not JSON.
+    """
     try:
         index: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:

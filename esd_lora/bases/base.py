@@ -61,7 +61,7 @@ class Base(ABC):
     Args:
         pipe: The pipeline, on its device and in its dtype.
         name: What the user called it: `emoji`, a folder or a Hub id.
-        revision: Commit on the Hub, where there is one.
+        revision: Commit on the Hub, where it comes from there.
         fingerprint: See `fingerprint_of`.
     """
 

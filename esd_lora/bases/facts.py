@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL
@@ -28,10 +29,18 @@ class Facts:
     unet: Mapping[str, Any]
     """Config of diffusers' UNet2DConditionModel."""
     prediction_type: str
+    scheduler: Mapping[str, Any]
+    """Its class and, where they say how many steps it takes, its settings."""
     vae_scale_factor: int
     """Pixels by latents along a side."""
     text_encoder_parameters: int
     vae_parameters: int
+
+    def denoising_steps(self, steps: int) -> int:
+        """How often the denoiser is asked in a trajectory of so many steps: PNDM asks once more."""
+        scheduler = getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
+        scheduler.set_timesteps(steps)
+        return len(scheduler.timesteps)
 
 
 def facts_of(name: str, revision: str | None = None) -> Facts:
@@ -59,12 +68,14 @@ def facts_of(name: str, revision: str | None = None) -> Facts:
         return _read(name, source, revision, file)
 
     unet, vae = config("unet/config.json"), config("vae/config.json")
+    scheduler = config("scheduler/scheduler_config.json")
     xl = unet.get("addition_embed_type") == "text_time"
     encoders = {k: v[1] for k, v in index.items() if k.startswith("text_encoder") and v[1]}
     return Facts(
         family="stable-diffusion-xl" if xl else "stable-diffusion",
         unet=unet,
-        prediction_type=config("scheduler/scheduler_config.json").get("prediction_type", "epsilon"),
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        scheduler=scheduler,
         vae_scale_factor=2 ** (len(vae.get("block_out_channels", ())) - 1),
         text_encoder_parameters=sum(
             _text_encoder_size(name, kind, config(f"{part}/config.json")) for part, kind in encoders.items()

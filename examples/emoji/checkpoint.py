@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,23 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, *, resume: bool) -> dict[str, Any] | None:
-    """The state in `path` with torch's random state restored, or None for a fresh start."""
-    if not resume or not path.exists():
+    """The state in `path` with torch's random state restored, or None for a fresh start.
+
+    Exits where there is a state and nobody asked for it: a fresh start would overwrite hours of work.
+    """
+    if not path.exists():
         return None
+    if not resume:
+        sys.exit(f"{path}: an earlier run; go on with it by --resume, or remove it")
     state: dict[str, Any] = torch.load(path, weights_only=True)
     torch.set_rng_state(state["rng"])
     return state
+
+
+def digest(*paths: Path) -> str:
+    """Twelve hexadecimal digits that follow from the contents of files: what is computed from them is named so."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:12]

@@ -128,8 +128,9 @@ def blanks(per_style: int) -> np.ndarray:
 
 
 def precompute(work: Path) -> dict[str, np.ndarray]:
-    """Everything that needs the autoencoder or the renderer, kept in `evaluator-data.npz`."""
-    path = work / "evaluator-data.npz"
+    """Everything that needs the autoencoder or the renderer, kept in `evaluator-data-….npz`."""
+    sources = ("pictures.npz", "test.npz", "art.npz", "vae/diffusion_pytorch_model.safetensors")
+    path = work / f"evaluator-data-{checkpoint.digest(*(work / s for s in sources))}.npz"
     if not path.exists():
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
@@ -154,7 +155,9 @@ def precompute(work: Path) -> dict[str, np.ndarray]:
         }
         data |= {"trip_rows": trip_rows, "ruin_rows": ruin_rows, "ruin_level": ruin_level, "poses": poses, "test": test}
         data |= {"poses_labels": np.array([a[:3] for _, a in fresh]), "test_labels": held_out, "test_some": some}
-        np.savez(path, **data)
+        part = path.with_suffix(".part.npz")
+        np.savez(part, **data)
+        part.replace(path)
     with np.load(path) as store:
         return {k: store[k] for k in store.files}
 

@@ -1,6 +1,6 @@
 """Train the denoiser and the text encoder of the embedded base on the latents of the pictures.
 
-    python examples/emoji/train_unet.py --work build/emoji --out build/emoji/base [--resume] [--without cat]
+    python examples/emoji/train_unet.py --work build/emoji [--compile] [--resume] [--without cat]
 
 The v-prediction loss of Stable Diffusion 2.1 (Salimans and Ho 2022), bf16 autocast, an exponential moving average of the
 weights, learning rate annealed to zero. With ε-prediction a small constant error of the output, divided by √ᾱ_T, floods the
@@ -86,15 +86,17 @@ def build_scheduler() -> DDIMScheduler:
 @torch.no_grad()
 def latents_of(pictures: np.ndarray, work: Path) -> Tensor:
     """The latents (N, 4, 16, 16) float16 of all pictures, computed once."""
-    path = work / "latents.npy"
+    made_of = checkpoint.digest(work / "pictures.npz", work / "vae" / "diffusion_pytorch_model.safetensors")
+    path = work / f"latents-{made_of}.npy"
     if not path.exists():
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
         parts = []
         for some in track(np.array_split(pictures, len(pictures) // 100), description="encode"):
             with torch.autocast("cpu", torch.bfloat16):
                 parts.append(vae.encode(to_tensor(some)).latent_dist.mode().float())
-        z = torch.cat(parts).half()
-        np.save(path, z.numpy())
+        part = path.with_suffix(".part.npy")
+        np.save(part, torch.cat(parts).half().numpy())
+        part.replace(path)
     return torch.from_numpy(np.load(path))
 
 
@@ -163,8 +165,8 @@ def draw_grid(pipe: StableDiffusionPipeline, path: Path, *, guidance_scale: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--out", type=Path, default=Path("build/emoji/base"))
-    parser.add_argument("--steps", type=int, default=6600)
+    parser.add_argument("--out", type=Path, help="default: base, or without-NAME, in --work")
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
@@ -178,6 +180,7 @@ def main() -> None:
     names, looks = tuple(OBJECTS), tuple(STYLES)
     if args.without and args.without not in names + looks:
         parser.error(f"--without {args.without}: no such object or style")
+    out = args.out or args.work / (f"without-{args.without}" if args.without else "base")
     rows = [i for i in range(len(z)) if args.without not in (names[labels.obj[i]], looks[labels.style[i]])]
 
     tokenizer, scheduler = captions.build_tokenizer(), build_scheduler()
@@ -200,27 +203,30 @@ def main() -> None:
         "schedule": schedule,
         "ema": ema,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path, first = args.out / "unet.ckpt", 0
+    out.mkdir(parents=True, exist_ok=True)
+    path, first = out / "unet.ckpt", 0
+    told = {"batch": args.batch, "lr": args.lr, "ema": args.ema, "without": args.without}
     if state := checkpoint.load(path, resume=args.resume):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first = state["step"]
+        if state["told"] != told:
+            parser.error(f"--resume: {path} is of a run with {state['told']}")
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         task = bar.add_task("unet", total=args.steps, completed=first)
         for step in range(first, args.steps):
             batch = [rows[i] for i in torch.randint(len(rows), (args.batch,)).tolist()]
-            told = [
+            texts = [
                 captions.caption(names[labels.obj[i]], looks[labels.style[i]], hat=bool(labels.hat[i])) for i in batch
             ]
-            ids = captions.encode(tokenizer, [c.text for c in told])
+            ids = captions.encode(tokenizer, [c.text for c in texts])
             obj = torch.tensor(
-                [int(labels.obj[i]) if c.tells_object else -100 for i, c in zip(batch, told, strict=True)]
+                [int(labels.obj[i]) if c.tells_object else -100 for i, c in zip(batch, texts, strict=True)]
             )
             style = torch.tensor(
-                [int(labels.style[i]) if c.tells_style else -100 for i, c in zip(batch, told, strict=True)]
+                [int(labels.style[i]) if c.tells_style else -100 for i, c in zip(batch, texts, strict=True)]
             )
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = text_encoder(ids).last_hidden_state
@@ -236,16 +242,18 @@ def main() -> None:
             if (step + 1) % 250 == 0:
                 row = {"step": step + 1, "loss": round(loss.item(), 4), "read": round(read.item(), 4)}
                 print(json.dumps(row), flush=True)
-                checkpoint.save(path, {**{k: p.state_dict() for k, p in parts.items()}, "step": step + 1})
+                states = {k: p.state_dict() for k, p in parts.items()}
+                checkpoint.save(path, {**states, "step": step + 1, "told": told})
             if (step + 1) % 1000 == 0 or step + 1 == args.steps:
                 ema.store(weights)
                 ema.copy_to(weights)
                 pipe = pipeline_of(unet.eval(), text_encoder.eval(), vae, tokenizer)
-                draw_grid(pipe, args.out / f"grid-{step + 1:05d}.png")
+                draw_grid(pipe, out / f"grid-{step + 1:05d}.png")
                 if step + 1 == args.steps:
                     pipe.to(dtype=torch.float16)
                     pipe.text_encoder.float()  # transformers keeps the dtype of the file, diffusers does not
-                    pipe.save_pretrained(args.out / "pipeline")
+                    pipe.save_pretrained(out / "pipeline")
+                    (out / "training.json").write_text(json.dumps({"steps": args.steps, **told}) + "\n")
                 ema.restore(weights)
                 unet.train(), text_encoder.train()
 
