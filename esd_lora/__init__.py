@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from esd_lora.bases import Base, load_base
     from esd_lora.compose import attach, compress, stack
     from esd_lora.errors import EsdLoraError
+    from esd_lora.fusing import fuse
     from esd_lora.merging import merge
     from esd_lora.patch import Patch, load_patch
     from esd_lora.pictures import generate
@@ -27,6 +28,7 @@ __all__ = [
     "Recipe",
     "attach",
     "compress",
+    "fuse",
     "generate",
     "load_base",
     "load_patch",
@@ -44,6 +46,7 @@ _HOMES = {
     "Recipe": "recipe",
     "attach": "compose",
     "compress": "compose",
+    "fuse": "fusing",
     "generate": "pictures",
     "load_base": "bases",
     "load_patch": "patch",

@@ -249,10 +249,8 @@ def stack(
     """Put several patches into one that does what they do together, exactly, or compressed to a rank."""
     loaded = [_patch(p) for p in patch]
     from esd_lora import compose
-    from esd_lora.patch import FILE_NAME
 
-    if out.is_file() or (out / FILE_NAME).exists():
-        raise OutputError(f"{out}: holds a patch; choose another --out")
+    _check_free(out)
     made = compose.stack([p for p, _ in loaded], [w for _, w in loaded])
     errors: dict[str, float] = {}
     if rank is not None:
@@ -264,6 +262,62 @@ def stack(
         else {}
     )
     _print({"patch": str(out), **_facts(made), **lost}, as_json=as_json)
+
+
+@app.command()
+def fuse(
+    patch: Annotated[list[str], typer.Argument(help="Patches, each with an optional weight, as in P:0.5.")],
+    base: Annotated[str, typer.Option(help="emoji, a folder with a diffusers pipeline, or a Hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the fused patch.")],
+    device: DeviceName = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put patches with learned keys into one, so that each acts on its own inputs and none elsewhere."""
+    loaded = [_patch(p) for p in patch]
+    from esd_lora import fusing
+    from esd_lora.bases import load_base
+
+    _check_free(out)
+    _quiet_libraries()
+    model = load_base(base, device=device)
+    with _progress("fuse", len(loaded) + 1, quiet=quiet) as step:
+        made = fusing.fuse(
+            model, [p for p, _ in loaded], [w for _, w in loaded], on_trajectories=lambda n, of: step(n, None, of)
+        )
+    made.save(out)
+    _print({"patch": str(out), **_facts(made)}, as_json=as_json)
+
+
+@app.command()
+def overlap(
+    patch: Annotated[list[str], typer.Argument(help="Patches' folders or files.")],
+    base: Annotated[str, typer.Option(help="emoji, a folder with a diffusers pipeline, or a Hub id.")],
+    out: Annotated[Path | None, typer.Option(help="A picture of it, PNG.")] = None,
+    device: DeviceName = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tell what patches share before they are stacked: action on each other's concepts, and on other words."""
+    loaded = [_patch(p)[0] for p in patch]
+    from esd_lora import overlap as overlaps
+    from esd_lora.bases import load_base
+
+    _quiet_libraries()
+    model = load_base(base, device=device)
+    with _progress("words", None, quiet=quiet) as step:
+        found = overlaps.overlap(model, loaded, on_words=lambda n, of: step(n, None, of))
+    if out:
+        overlaps.draw_overlap(found, out)
+    if as_json:
+        _print(found.to_dict(), as_json=True)
+        return
+    table = Table(title="Action of a patch (row) on a concept (column), and on the words that it leaks to")
+    for name in ("patch", *found.names, "leaks to"):
+        table.add_column(name)
+    for name, row, leak in zip(found.names, found.actions, found.leaks, strict=True):
+        table.add_row(name, *(f"{a:.3f}" for a in row), ", ".join(f"{w} {a:.3f}" for w, a in leak[:5]))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 @app.command()
@@ -352,6 +406,18 @@ def _patch(text: str) -> tuple[Patch, float]:
     if not math.isfinite(value):
         raise PatchError(f"{text}: the weight after the colon must be a number, got {weight!r}")
     return load_patch(path), value
+
+
+def _check_free(out: Path) -> None:
+    """Nothing, if a patch can be written to `out` without losing another.
+
+    Raises:
+        OutputError: There is one.
+    """
+    from esd_lora.patch import FILE_NAME
+
+    if out.is_file() or (out / FILE_NAME).exists():
+        raise OutputError(f"{out}: holds a patch; choose another --out")
 
 
 def _is_folder(path: str) -> bool:

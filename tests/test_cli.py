@@ -220,6 +220,16 @@ def test_stack_never_overwrites_a_patch(call: Call, patch_folder: Path) -> None:
     assert (patch_folder / FILE_NAME).read_bytes() == before
 
 
+def test_fuse_writes_one_patch(
+    call: Call, patch_folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = call("fuse", patch_folder, "--base", tiny_folder, "--out", tmp_path / "fused", "--json")
+    assert (result.code, json.loads(result.out)["erases"]) == (0, ["cat"])
+    again = call("fuse", patch_folder, "--base", tiny_folder, "--out", tmp_path / "fused")
+    assert (again.code, "holds a patch; choose another --out" in again.err) == (2, True)
+
+
 def test_merge_writes_a_pipeline_and_only_once(
     call: Call, patch_folder: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -103,8 +103,7 @@ def test_a_fused_patch_acts_less_where_nothing_is_erased(base: Base, pair: list[
 
     kept = action(fused, "cat") / action(pair[0], "cat")
     leaked = action(fused, "tree") / action(pair[0], "tree")
-    # measured 0.5 and 0.1 on this random text encoder
-    assert leaked < kept / 2
+    assert leaked < kept / 2  # a factor of two is the least that is worth the name
 
 
 def test_features_are_the_inputs_of_the_layers(base: Base) -> None:

@@ -57,6 +57,27 @@ GLYPHS = {
     "umbrella": "umbrella umbrella-with-rain-drops umbrella-on-ground closed-umbrella",
     "camera": "camera camera-with-flash",
 }
+TYPICAL = {
+    "cat": "cat-face grinning-cat cat-with-wry-smile",
+    "tiger": "tiger-face",
+    "dog": "dog-face",
+    "bird": "bird baby-chick front-facing-baby-chick",
+    "fish": "fish tropical-fish",
+    "car": "automobile sport-utility-vehicle taxi",
+    "bus": "bus trolleybus",
+    "train": "metro light-rail",
+    "boat": "sailboat",
+    "house": "house house-with-garden",
+    "tree": "evergreen-tree christmas-tree",
+    "flower": "tulip rose",
+    "clock": " ".join(f"{h}-oclock" for h in HOURS),
+    "heart": "red-heart blue-heart green-heart yellow-heart purple-heart",
+    "moon": "crescent-moon first-quarter-moon-face last-quarter-moon-face",
+    "book": "closed-book green-book blue-book orange-book",
+    "umbrella": "umbrella umbrella-with-rain-drops",
+}
+"""What the base draws: glyphs of one build for each object, in up to seven sets; of the other objects all of `GLYPHS`. The
+evaluators know all of `GLYPHS`. A small denoiser that sees a sitting cat, a cat's face and a black cat draws none of them."""
 HELD_OUT = {
     "cat": "kissing-cat",
     "dog": "guide-dog",

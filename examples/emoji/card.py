@@ -58,7 +58,7 @@ name; {wearers} can wear a {accessory}: "a cat with a {accessory} in ink style".
 
 **Model.** UNet of 64, 128 and 192 channels with cross-attention at every level, text encoder of 3 layers and 128 channels
 trained with it, autoencoder with 4 × 16 × 16 latents of unit variance, v-prediction, scaled-linear β from 0.00085 to 0.012.
-Trained by the scripts in `examples/emoji`, {steps:,} steps of {batch} pictures rendered from openly licensed emoji art.
+Trained by the scripts in `examples/emoji` on pictures rendered from openly licensed emoji art: {training}.
 
 **What it is not.** It tests software and relative behaviour. It says nothing about the safety of large models.
 
@@ -109,8 +109,8 @@ def main() -> None:
     size = sum(p.stat().st_size for p in EMOJI.rglob("*.safetensors")) / 1e6
     told = json.loads((args.run / "training.json").read_text())
     card = CARD.format(
-        steps=told["steps"],
-        batch=told["batch"],
+        training=f"{told['steps']:,} steps of {told['batch']} pictures"
+        + (", from the weights of the version before" if told["init"] else ""),
         objects=len(OBJECTS),
         styles=len(STYLES),
         size=size,

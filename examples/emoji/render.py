@@ -1,6 +1,8 @@
-"""Draw the training pictures: glyphs in random poses, in every style, at 64 px: `pictures.npz`.
+"""Draw the training pictures: glyphs in random poses, in every style, at 64 px.
 
-    python examples/emoji/render.py --work build/emoji            (about two minutes on two cores)
+    python examples/emoji/render.py --work build/emoji            (about three minutes on two cores)
+
+`pictures.npz` has all glyphs, for the autoencoder and the evaluators; `typical.npz` those that the base shall draw.
 
 Each picture depends on its index alone, so that any number of processes draws the same set.
 """
@@ -14,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from art import COLOUR_SETS, INK_SETS, SIZE
+from art import COLOUR_SETS, INK_SETS, SIZE, TYPICAL
 from PIL import Image, ImageChops, ImageFilter
 from rich.progress import track
 
@@ -186,7 +188,9 @@ def watercolor(glyph: Image.Image, rng: np.random.Generator) -> Image.Image:
 DRAW = dict(zip(LOOKS, (sticker, ink, blueprint, neon, pixel, watercolor), strict=True))
 
 
-def picture(index: int, path: str, *, test: bool) -> tuple[np.ndarray, tuple[int, int, bool, bool]]:
+def picture(
+    index: int, path: str, *, test: bool, typical: bool = False
+) -> tuple[np.ndarray, tuple[int, int, bool, bool]]:
     """Picture number `index`: (64, 64, 3) uint8 and its labels; cells take turns, the rest is drawn at random."""
     rng = np.random.default_rng((index, int(test)))
     obj, style = index % len(NAMES), index // len(NAMES) % len(LOOKS)
@@ -197,6 +201,8 @@ def picture(index: int, path: str, *, test: bool) -> tuple[np.ndarray, tuple[int
     if not pool:  # an object whose held-out drawings have no ink version
         pool = [k for k in art(path) if k.startswith(f"train/{NAMES[obj]}/") and k.split("/")[2] in families]
         test = False
+    if typical and NAMES[obj] in TYPICAL:
+        pool = [k for k in pool if k.split("/")[3] in TYPICAL[NAMES[obj]].split()]
     names = sorted({k.split("/")[3] for k in pool})
     name = names[rng.integers(len(names))]  # glyphs alike often, whatever the number of sets that have them
     pool = [k for k in pool if k.endswith("/" + name)]
@@ -212,15 +218,17 @@ def picture(index: int, path: str, *, test: bool) -> tuple[np.ndarray, tuple[int
     return np.asarray(small), (obj, style, hat, test)
 
 
-def _chunk(job: tuple[range, str, bool]) -> tuple[np.ndarray, np.ndarray]:
-    rows, path, test = job
-    drawn, labels = zip(*(picture(i, path, test=test) for i in rows), strict=True)
+def _chunk(job: tuple[range, str, bool, bool]) -> tuple[np.ndarray, np.ndarray]:
+    rows, path, test, typical = job
+    drawn, labels = zip(*(picture(i, path, test=test, typical=typical) for i in rows), strict=True)
     return np.stack(drawn), np.array(labels, np.uint8)
 
 
-def draw(path: Path, *, count: int, test: bool, workers: int = 2) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    path: Path, *, count: int, test: bool, typical: bool = False, workers: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
     """`count` pictures (count, 64, 64, 3) uint8 with labels (count, 4), drawn by `workers` processes."""
-    jobs = [(range(s, min(s + 500, count)), str(path), test) for s in range(0, count, 500)]
+    jobs = [(range(s, min(s + 500, count)), str(path), test, typical) for s in range(0, count, 500)]
     with ProcessPoolExecutor(workers) as pool:
         parts = list(track(pool.map(_chunk, jobs), total=len(jobs), description="draw"))
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
@@ -240,8 +248,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=48_000)
     parser.add_argument("--test-count", type=int, default=2_400)
     args = parser.parse_args()
-    for name, count in (("pictures", args.count), ("test", args.test_count)):
-        pictures, labels = draw(args.work / "art.npz", count=count, test=name == "test")
+    for name, count in (("typical", args.count), ("pictures", args.count), ("test", args.test_count)):
+        if (args.work / f"{name}.npz").exists():
+            continue
+        pictures, labels = draw(args.work / "art.npz", count=count, test=name == "test", typical=name == "typical")
         np.savez(args.work / f"{name}.npz", pictures=pictures, labels=labels)
         print(f"{count} pictures in {args.work / name}.npz")
 

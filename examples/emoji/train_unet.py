@@ -6,6 +6,7 @@ The v-prediction loss of Stable Diffusion 2.1 (Salimans and Ho 2022), bf16 autoc
 weights, learning rate annealed to zero. With ε-prediction a small constant error of the output, divided by √ᾱ_T, floods the
 picture with colour until late in training; v-prediction has no such division. A checkpoint every 250 steps; `--resume`
 goes on from it as if never stopped.
+`--init PIPELINE` starts from the weights of an earlier base instead of random ones.
 `--without NAME` leaves out every picture of an object or a style: the gold model, which never knew it.
 """
 
@@ -31,7 +32,10 @@ from torch import Tensor, nn
 from train_vae import to_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from esd_lora.bases import load_base
+from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
+from esd_lora.evaluate import gate
 
 READ = 0.1  # weight of the reader's loss
 
@@ -86,7 +90,7 @@ def build_scheduler() -> DDIMScheduler:
 @torch.no_grad()
 def latents_of(pictures: np.ndarray, work: Path) -> Tensor:
     """The latents (N, 4, 16, 16) float16 of all pictures, computed once."""
-    made_of = checkpoint.digest(work / "pictures.npz", work / "vae" / "diffusion_pytorch_model.safetensors")
+    made_of = checkpoint.digest(work / "typical.npz", work / "vae" / "diffusion_pytorch_model.safetensors")
     path = work / f"latents-{made_of}.npy"
     if not path.exists():
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
@@ -170,12 +174,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--init", type=Path, help="a pipeline to start from")
     parser.add_argument("--without", help="an object or a style to leave out")
     parser.add_argument("--compile", action="store_true", help="a fifth faster; needs a C++ compiler and two minutes")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    pictures, labels = render.load(args.work / "pictures.npz")
+    pictures, labels = render.load(args.work / "typical.npz")
     z = latents_of(pictures, args.work)
     names, looks = tuple(OBJECTS), tuple(STYLES)
     if args.without and args.without not in names + looks:
@@ -185,6 +190,9 @@ def main() -> None:
 
     tokenizer, scheduler = captions.build_tokenizer(), build_scheduler()
     unet, text_encoder = build_unet().train(), build_text_encoder(tokenizer).train()
+    if args.init:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.init / "unet").state_dict())
+        text_encoder.load_state_dict(CLIPTextModel.from_pretrained(args.init / "text_encoder").state_dict())
     reader = Reader()
     unet.set_attn_processor(AttnProcessor())  # the fused attention's backward is slow on CPUs
     denoise = torch.compile(unet) if args.compile else unet
@@ -205,7 +213,7 @@ def main() -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     path, first = out / "unet.ckpt", 0
-    told = {"batch": args.batch, "lr": args.lr, "ema": args.ema, "without": args.without}
+    told = {"batch": args.batch, "lr": args.lr, "ema": args.ema, "without": args.without, "init": str(args.init or "")}
     if state := checkpoint.load(path, resume=args.resume):
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -256,6 +264,8 @@ def main() -> None:
                     (out / "training.json").write_text(json.dumps({"steps": args.steps, **told}) + "\n")
                 ema.restore(weights)
                 unet.train(), text_encoder.train()
+    for name, found in gate(load_base(str(out / "pipeline"), dtype="bf16"), load_evaluator("measure"), seeds=1).items():
+        print(f"{name}: {found.short()}")
 
 
 if __name__ == "__main__":
