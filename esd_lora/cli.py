@@ -81,7 +81,7 @@ def train(
     """
     chosen = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
     wanted = _recipe(recipe, base=base, erase=erase, from_=from_, replace_with=replace_with, overrides=chosen)
-    words = re.findall(r"\w+", " ".join(c.erase for c in wanted.concepts))
+    words = re.findall(r"\w+", " ".join(dict.fromkeys(c.erase for c in wanted.concepts)))
     folder = out or Path("runs") / "-".join(words)
     from esd_lora.bases import load_base
     from esd_lora.report import draw_loss, draw_run

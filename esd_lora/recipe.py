@@ -99,7 +99,7 @@ class Recipe(BaseModel):
         description="Prompts whose pictures must stay. Default: a list of everyday subjects and styles without the "
         "words of the concepts, and the empty prompt.",
     )
-    preserve_weight: float = Field(1.0, ge=0, description="λ: weight of the preservation loss; 0 turns it off.")
+    preserve_weight: float = Field(2.0, ge=0, description="λ: weight of the preservation loss; 0 turns it off.")
     layers: Layers = Field(
         "esd-x",
         description="`esd-x`: cross-attention q, k, v, out. `esd-x-strict`: cross-attention k, v. `esd-u`: "
@@ -116,7 +116,7 @@ class Recipe(BaseModel):
         description="`paper`: the anchor minus η times the guidance. `authors`: as their later code, anchored on the "
         "concept itself, so that `eta` is their negative_guidance (paper's η plus one).",
     )
-    eta: float = Field(1.0, ge=0, description="η: how far to push away from the concept; 0 moves to the anchor.")
+    eta: float = Field(2.0, ge=0, description="η: how far to push away from the concept; 0 moves to the anchor.")
     x_t: Literal["base", "edited"] = Field(
         "base",
         description="Whose denoising trajectories are trained on: the frozen model's, as the authors' current code, "
@@ -131,9 +131,9 @@ class Recipe(BaseModel):
         description="Denoising steps S of a trajectory. Prompts to preserve get no more than training can use once.",
     )
     guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance of the trajectories.")
-    steps: int = Field(100, ge=1, description="Gradient steps.")
+    steps: int = Field(90, ge=1, description="Gradient steps.")
     batch_size: int = Field(4, ge=1, description="Examples a step; as many preservation examples come on top.")
-    lr: float = Field(1e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
+    lr: float = Field(2e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule, by diffusers' names."
     )

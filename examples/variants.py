@@ -32,9 +32,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     "rank: 8": {"rank": 8},
     "rank: 16": {"rank": 16},
     "eta: 0": {"eta": 0.0},
-    "eta: 2": {"eta": 2.0},
+    "eta: 1": {"eta": 1.0},
     "preserve_weight: 0": {"preserve_weight": 0.0},
-    "objective: authors, eta: 2": {"objective": "authors", "eta": 2.0},
+    "objective: authors, eta: 3": {"objective": "authors", "eta": 3.0},
+    "keys: closed-form": {"keys": "closed-form"},
 }
 
 
