@@ -32,7 +32,7 @@ def main() -> None:
             shutil.rmtree(out / name)
         esd_lora("train", f"emoji/{name}", "--out", str(out / name))
     patches = [part for name in names for part in ("--patch", str(out / name))]
-    esd_lora("eval", "--base", "emoji", "--target-seeds", "5", *patches)
+    esd_lora("eval", "--base", "emoji", "--target-seeds", "5", "--kept-seeds", "1", *patches)
     print(f"\n{time.monotonic() - started:.0f} seconds. In each folder of {out}:")
     for path in sorted((out / names[0]).iterdir()):
         print(f"  {path.name}")
