@@ -209,12 +209,12 @@ def test_a_bank_records_no_gradients() -> None:
 @pytest.mark.parametrize(
     ("concept", "settings", "prompts", "question"),
     [
-        ("cat", {}, ["", "cat"], (1, 1, 0, 1.0)),
+        ("cat", {"eta": 1}, ["", "cat"], (1, 1, 0, 1.0)),
         ({"erase": "hat", "from": "cowboy"}, {"eta": 2}, ["", "cowboy", "hat"], (1, 2, 1, 2.0)),
-        ({"erase": "cat", "replace_with": "dog"}, {}, ["", "cat", "dog"], (1, 1, 2, 1.0)),
+        ({"erase": "cat", "replace_with": "dog"}, {"eta": 1}, ["", "cat", "dog"], (1, 1, 2, 1.0)),
         (
             {"erase": "hat", "from": "cowboy", "replace_with": "man"},
-            {},
+            {"eta": 1},
             ["", "cowboy", "hat", "man"],
             (1, 2, 3, 1.0),
         ),
