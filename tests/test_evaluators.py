@@ -157,19 +157,8 @@ def test_the_figures_that_are_shipped_belong_to_the_weights(name: EvaluatorName)
     assert FIGURES[name]["digest"] == load_evaluator(name).digest
 
 
-KNOWN, TRIPS = "training glyphs, new poses", "training glyphs, round trip"
-SHORT = pytest.mark.xfail(strict=True, reason="trained for 1,100 steps only: 92 % of objects")
-
-
-@pytest.mark.parametrize(
-    ("name", "pictures"),
-    [
-        ("measure", KNOWN),
-        ("measure", TRIPS),
-        pytest.param("filter", KNOWN, marks=SHORT),
-        pytest.param("filter", TRIPS, marks=SHORT),
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pictures", ["training glyphs, new poses", "training glyphs, round trip"])
 def test_known_glyphs_are_recognised(name: EvaluatorName, pictures: str) -> None:
     rates = {k: v["rate"] for k, v in FIGURES[name]["pictures"][pictures].items()}
     assert rates["object"] >= 0.97

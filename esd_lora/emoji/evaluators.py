@@ -4,7 +4,8 @@
 other architectures, other pictures and other augmentations, so that what one is fooled by need not fool the other.
 
     measure   3 × 3 convolutions with residuals, overlapping stem                     He et al. 2015, arXiv:1512.03385
-    filter    patches, depthwise 3 × 3 and pointwise layers                           Liu et al. 2022, arXiv:2201.03545
+    filter    depthwise 3 × 3 and pointwise layers, convolutional stem     Liu et al. 2022, arXiv:2201.03545; Xiao et al.
+                                                                          2021, arXiv:2106.14881 (why no patch stem)
 
 Both know a class "other" beyond the vocabulary: an erased concept may leave a scrambled picture, which shows nothing.
 `examples/emoji/train_evaluators.py` trained them; their accuracies are in `weights/evaluators.json`.
@@ -113,7 +114,10 @@ def build_measure() -> nn.Module:
 def build_filter() -> nn.Module:
     """The untrained network of `filter`: (B, 3, 64, 64) in -1..1 → `Logits`."""
     return nn.Sequential(
-        nn.Conv2d(3, 64, 4, stride=4),  # (B, 64, 16, 16)
+        nn.Conv2d(3, 32, 3, stride=2, padding=1),  # (B, 32, 32, 32)
+        nn.BatchNorm2d(32),
+        nn.GELU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),  # (B, 64, 16, 16)
         nn.BatchNorm2d(64),
         *(Separable(64, 160) for _ in range(3)),
         nn.Conv2d(64, 112, 2, stride=2),  # (B, 112, 8, 8)
