@@ -1,13 +1,13 @@
 """Train the denoiser and the text encoder of the embedded base on the latents of the pictures.
 
-    python examples/emoji/train_unet.py --work build/emoji [--compile] [--resume] [--without cat]
+    python examples/emoji/train_unet.py --work build/emoji [--compile] [--resume] [--without cat neon]
 
 The v-prediction loss of Stable Diffusion 2.1 (Salimans and Ho 2022), bf16 autocast, an exponential moving average of the
 weights, learning rate annealed to zero. With ε-prediction a small constant error of the output, divided by √ᾱ_T, floods the
 picture with colour until late in training; v-prediction has no such division. A checkpoint every 250 steps; `--resume`
 goes on from it as if never stopped.
 `--init PIPELINE` starts from the weights of an earlier base instead of random ones.
-`--without NAME` leaves out every picture of an object or a style: the gold model, which never knew it.
+`--without NAMES` leaves out every picture of these objects and styles: the gold model, which never knew them.
 """
 
 from __future__ import annotations
@@ -169,13 +169,15 @@ def draw_grid(pipe: StableDiffusionPipeline, path: Path, *, guidance_scale: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--out", type=Path, help="default: base, or without-NAME, in --work")
+    parser.add_argument("--out", type=Path, help="default: base, or without-NAMES, in --work")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--init", type=Path, help="a pipeline to start from")
-    parser.add_argument("--without", help="an object or a style to leave out")
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=(*OBJECTS, *STYLES), metavar="NAME", help="to leave out"
+    )
     parser.add_argument("--compile", action="store_true", help="a fifth faster; needs a C++ compiler and two minutes")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
@@ -183,10 +185,9 @@ def main() -> None:
     pictures, labels = render.load(args.work / "typical.npz")
     z = latents_of(pictures, args.work)
     names, looks = tuple(OBJECTS), tuple(STYLES)
-    if args.without and args.without not in names + looks:
-        parser.error(f"--without {args.without}: no such object or style")
-    out = args.out or args.work / (f"without-{args.without}" if args.without else "base")
-    rows = [i for i in range(len(z)) if args.without not in (names[labels.obj[i]], looks[labels.style[i]])]
+    out = args.out or args.work / ("-".join(["without", *args.without]) if args.without else "base")
+    unknown = set(args.without)
+    rows = [i for i in range(len(z)) if not unknown & {names[labels.obj[i]], looks[labels.style[i]]}]
 
     tokenizer, scheduler = captions.build_tokenizer(), build_scheduler()
     unet, text_encoder = build_unet().train(), build_text_encoder(tokenizer).train()
