@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from esd_lora.bases.base import Base
 from esd_lora.errors import PatchError
 from esd_lora.patch import Patch
+from esd_lora.recipe import Concept
 
 
 def check_fits(patch: Patch, base: Base) -> None:
@@ -28,23 +29,33 @@ def check_fits(patch: Patch, base: Base) -> None:
     Raises:
         PatchError: The base is of another architecture: the first layer that is missing or has another shape.
     """
-    layers = {n.replace(".base_layer", ""): m for n, m in base.denoiser.named_modules() if isinstance(m, nn.Linear)}
-    for name in patch.ranks:
-        layer = layers.get(name.removeprefix(f"{base.prefix}."))
-        made_for = patch.info.get("base", {}).get("name", "another base")
-        if layer is None:
-            raise PatchError(f"the patch (made for {made_for}) adapts {name}, which {base.name} does not have")
-        shape = (len(patch.tensors[f"{name}.lora_B.weight"]), patch.tensors[f"{name}.lora_A.weight"].shape[1])
-        if shape != tuple(layer.weight.shape):
-            have = tuple(layer.weight.shape)
-            raise PatchError(f"the patch (made for {made_for}) has {name} of {shape}; in {base.name} it is {have}")
+    modules = base.denoiser.named_modules(prefix=base.prefix)
+    layers = {n.replace(".base_layer", ""): tuple(m.weight.shape) for n, m in modules if isinstance(m, nn.Linear)}
     origin = patch.info.get("base", {})
+    made_for = origin.get("name", "another base")
+    for name, shape in patch.shapes.items():
+        have = layers.get(name)
+        if have is None:
+            raise PatchError(f"the patch (made for {made_for}) adapts {name}, which {base.name} does not have")
+        if shape != have:
+            raise PatchError(f"the patch (made for {made_for}) has {name} of {shape}; in {base.name} it is {have}")
     if origin.get("fingerprint") not in (None, base.fingerprint):
         warnings.warn(
             f"the patch was made for {origin.get('name')}, and the weights of {base.name} differ; "
             "patches often carry over to relatives of a base, but look at the pictures",
             stacklevel=2,
         )
+
+
+def concepts_of(patch: Patch) -> list[Concept]:
+    """The concepts that a patch says it erases, one at least.
+
+    Raises:
+        PatchError: It says none.
+    """
+    if not patch.concepts:
+        raise PatchError(f"the patch {patch.digest[:12]} does not say what it erases")
+    return [Concept.model_validate(c) for c in patch.concepts]
 
 
 def attach(base: Base, patches: Sequence[Patch], weights: Sequence[float] | None = None) -> list[str]:
@@ -89,26 +100,40 @@ def stack(patches: Sequence[Patch], weights: Sequence[float] | None = None) -> P
     Raises:
         PatchError: No patches, a weight that is not a number, or patches of different architectures.
     """
-    weights = _weights_of(patches, weights)
-    _check_stackable(patches, weights)
-    used = [(p, w) for p, w in zip(patches, weights, strict=True) if w]
+    patches, weights = in_use(patches, weights)
+    _check_stackable(patches)
     tensors: dict[str, Tensor] = {}
-    for name in dict.fromkeys(n for p, _ in used for n in p.ranks):
+    for name in dict.fromkeys(n for p in patches for n in p.ranks):
         down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-        parts = [(p.tensors[down].float(), w * p.tensors[up].float()) for p, w in used if down in p.tensors]
-        tensors[down] = torch.cat([a for a, _ in parts])
-        tensors[up] = torch.cat([b for _, b in parts], 1)
+        used = [(p, w) for p, w in zip(patches, weights, strict=True) if down in p.tensors]
+        tensors[down] = torch.cat([p.tensors[down].float() for p, _ in used])
+        tensors[up] = torch.cat([w * p.tensors[up].float() for p, w in used], 1)
         if not torch.isfinite(tensors[up]).all():
             raise PatchError(f"{name}: a weight is so large that the sum is not finite")
-    told = [{**part, "weight": w * part["weight"]} for p, w in used for part in _parts(p)]
-    return Patch(tensors, {"base": used[0][0].info.get("base", {}), "stack": told})
+    told = [{**part, "weight": w * part["weight"]} for p, w in zip(patches, weights, strict=True) for part in _parts(p)]
+    origin: dict[str, Any] = next((p.info["base"] for p in patches if p.info.get("base")), {})
+    return Patch(tensors, {"base": origin, "stack": told})
+
+
+def in_use(patches: Sequence[Patch], weights: Sequence[float] | None = None) -> tuple[list[Patch], list[float]]:
+    """The patches whose weight is not 0, and these weights; the others are as if they had not been named.
+
+    Raises:
+        PatchError: None is left, or a weight is not a number.
+    """
+    used = [(p, w) for p, w in zip(patches, _weights_of(patches, weights), strict=True) if w]
+    if not used:
+        raise PatchError("nothing to stack: name at least one patch with a weight other than 0")
+    return [p for p, _ in used], [w for _, w in used]
 
 
 def _parts(patch: Patch) -> list[dict[str, Any]]:
     """What a stack tells of a patch: weight, digest, recipe and base, or its parts where it is a stack itself."""
+    marks = {k: patch.info[k] for k in ("fused", "compressed") if k in patch.info}
+    if "stack" in patch.info:
+        return [{**part, **marks} for part in patch.info["stack"]]
     told = {k: patch.info[k] for k in ("recipe", "base") if k in patch.info}
-    parts: list[dict[str, Any]] = patch.info.get("stack", [{"weight": 1.0, "digest": patch.digest, **told}])
-    return parts
+    return [{"weight": 1.0, "digest": patch.digest, **told, **marks}]
 
 
 def _weights_of(patches: Sequence[Patch], weights: Sequence[float] | None) -> list[float]:
@@ -126,21 +151,18 @@ def _weights_of(patches: Sequence[Patch], weights: Sequence[float] | None) -> li
     return weights
 
 
-def _check_stackable(patches: Sequence[Patch], weights: Sequence[float]) -> None:
+def _check_stackable(patches: Sequence[Patch]) -> None:
     """Nothing, if the patches can be summed; a warning where that is hardly meant.
 
     Raises:
         PatchError: See `stack`.
     """
-    if not any(weights):
-        raise PatchError("nothing to stack: name at least one patch with a weight other than 0")
     shapes: dict[str, tuple[tuple[int, int], str]] = {}
     concepts: set[str] = set()
     origins: dict[str, str] = {}
     for patch in patches:
         made_for = patch.info.get("base", {}).get("name", "an unknown base")
-        for name in patch.ranks:
-            shape = (len(patch.tensors[f"{name}.lora_B.weight"]), patch.tensors[f"{name}.lora_A.weight"].shape[1])
+        for name, shape in patch.shapes.items():
             first, other = shapes.setdefault(name, (shape, made_for))
             if shape != first:
                 raise PatchError(
@@ -165,10 +187,10 @@ def compress(patch: Patch, rank: int) -> tuple[Patch, dict[str, float]]:
         B A = U S Vᵀ   →   B' = U_r √S_r,  A' = √S_r V_rᵀ        error = ‖B A − B' A'‖ / ‖B A‖   (Frobenius)
 
     by Eckart and Young (1936), through QR of the thin factors, in float64. The error says how far the weights moved, not
-    how far the pictures did: measure the compressed patch as any other.
+    how far the pictures did: measure the compressed patch as any other, for it has neither scores nor loss.
 
     Args:
-        patch: Its layers of that rank or less are kept as they are.
+        patch: Its layers of that rank or less are kept as they are; if all are, so is the patch.
         rank: At least 1.
 
     Raises:
@@ -177,9 +199,10 @@ def compress(patch: Patch, rank: int) -> tuple[Patch, dict[str, float]]:
     if rank < 1:
         raise PatchError(f"rank: a patch can be compressed to a rank of 1 or more, got {rank}")
     tensors, errors = dict(patch.tensors), dict.fromkeys(patch.ranks, 0.0)
-    for name, have in patch.ranks.items():
-        if have <= rank:
-            continue
+    large = [name for name, have in patch.ranks.items() if have > rank]
+    if not large:
+        return patch, errors
+    for name in large:
         down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         q_up, r_up = torch.linalg.qr(patch.tensors[up].double())
         q_down, r_down = torch.linalg.qr(patch.tensors[down].double().T)
@@ -188,5 +211,5 @@ def compress(patch: Patch, rank: int) -> tuple[Patch, dict[str, float]]:
         tensors[up] = (q_up @ u[:, :rank] * root).float()
         tensors[down] = (root[:, None] * (vt[:rank] @ q_down.T)).float()
         errors[name] = (s[rank:].norm() / s.norm()).item() if s.any() else 0.0
-    info: Mapping[str, Any] = {**patch.info, "compressed": {"rank": rank, "worst_error": max(errors.values())}}
-    return Patch(tensors, info), errors
+    told = {k: v for k, v in patch.info.items() if k not in ("scores", "loss")}
+    return Patch(tensors, {**told, "compressed": {"rank": rank, "worst_error": max(errors.values())}}), errors

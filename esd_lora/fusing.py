@@ -3,15 +3,16 @@
 A layer of patch i adds ΔW_i = B_i A_i. With H_i the second moment of the layer's inputs where concept i is asked for, and G
 that where it is not, the sum that is wanted is the ΔW with the least
 
-    Σ_i E_{x ~ i} ‖ΔW x − ΔW_i x‖²  +  μ E_{x ~ rest} ‖ΔW x‖²
+    Σ_i E_{x ~ i} ‖ΔW x − ΔW_i x‖²  +  E_{x ~ rest} ‖ΔW x‖²  +  λ ‖ΔW‖²
 
-whose normal equation ΔW (Σ_j H_j + μ G + λ I) = Σ_i ΔW_i H_i gives
+whose normal equation ΔW (Σ_j H_j + G + λ I) = Σ_i ΔW_i H_i gives
 
-    ΔW = Σ_i B_i (A_i H_i M⁻¹),        M = Σ_j H_j + μ G + λ I.
+    ΔW = Σ_i B_i (A_i H_i M⁻¹),        M = Σ_j H_j + G + λ I.
 
 So every patch keeps its values B_i, and its keys are aimed anew: the fused patch is a stack, exactly, with no rank lost.
-For k and v the inputs are text states, and G is the moment of the text encoder's whole vocabulary; for q, out and
-self-attention they are features of short trajectories.
+For k and v of cross-attention the inputs are text states, and G is half the moment of the text encoder's vocabulary without
+the concepts' words, half that of everyday prompts to keep. For q, out and self-attention they are features of short
+trajectories, of some of the concepts' prompts and of the prompts to keep.
 """
 
 from __future__ import annotations
@@ -19,18 +20,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from esd_lora.bases.base import Base
-from esd_lora.compose import check_fits, stack
-from esd_lora.errors import PatchError
+from esd_lora.compose import check_fits, concepts_of, in_use, stack
 from esd_lora.esd import guided
-from esd_lora.keys import RIDGE, concept_prompts, hit_moment, kept_moment, named_words, words_of
+from esd_lora.keys import concept_prompts, kept_moment, mean_moment, other_words, ridged
 from esd_lora.patch import Patch
-from esd_lora.recipe import Concept
 from esd_lora.trajectories import default_preserve
 
 Moments = dict[str, Tensor]
@@ -39,6 +38,8 @@ Moments = dict[str, Tensor]
 SAMPLE = 16
 """Prompts of a concept whose trajectories give its features."""
 BATCH = 8
+GUIDANCE_SCALE = 3.0
+"""Of those trajectories."""
 
 
 def fuse(
@@ -46,91 +47,92 @@ def fuse(
     patches: Sequence[Patch],
     weights: Sequence[float] | None = None,
     *,
-    keep_weight: float = 1.0,
     steps: int = 8,
-    guidance_scale: float = 3.0,
     on_trajectories: Callable[[int, int], None] | None = None,
 ) -> Patch:
     """One patch in which each of the patches acts on its own inputs only.
 
     Args:
-        base: The model that the patches were made for; it is not changed.
+        base: The model that the patches were made for; active adapters are taken off.
         patches: At least one; each must say in its header what it erases.
-        weights: One for each patch, any sign; 1 by default.
-        keep_weight: μ: what a change elsewhere weighs against a change of the patches' own action.
+        weights: One for each patch, any sign; 1 by default. A patch of weight 0 is left out.
         steps: Denoising steps of the trajectories that the features are gathered from.
-        guidance_scale: Of those trajectories.
         on_trajectories: Called with the number of sets of trajectories done and their total.
 
     Raises:
         PatchError: No patches, one that does not fit or does not say what it erases.
     """
+    patches, weights = in_use(patches, weights)
     for patch in patches:
         check_fits(patch, base)
-        if not patch.concepts:
-            raise PatchError(f"the patch {patch.digest[:12]} does not say what it erases, so it cannot be fused")
-    whole = stack(patches, weights)
-    concepts = [[Concept.model_validate(c) for c in p.concepts] for p in patches]
+    concepts = [concepts_of(p) for p in patches]
     every = [c for named in concepts for c in named]
-    rest = [w for w in words_of(base) if w not in named_words(every)]
-    keep = default_preserve(every)
-    text = set(base.matched("esd-x-strict"))
+    rest, keep = other_words(base, every), default_preserve(every)
+    whole = stack(patches, weights)
+    moments = partial(_moments, base, list(whole.ranks), steps=steps)
+    base.remove_adapters()
 
-    def moments(prompts: Sequence[str], patch: Patch, text_moment: Tensor, done: int) -> Moments:
-        layers = [n.removeprefix(f"{base.prefix}.") for n in patch.ranks]
-        seen = [n for n in layers if n not in text]
-        found = _features(base, prompts, seen, steps=steps, guidance_scale=guidance_scale) if seen else {}
+    def tell(done: int) -> None:
         if on_trajectories:
             on_trajectories(done, len(patches) + 1)
-        return {n: text_moment if n in text else found[n] for n in layers}
 
-    total = {n: keep_weight * m for n, m in moments(keep, whole, kept_moment(base, every, keep), 1).items()}
-    answers = []
-    for i, (patch, named) in enumerate(zip(patches, concepts, strict=True)):
-        some = sorted(concept_prompts(named, rest), key=lambda p: hashlib.sha256(p.encode()).digest())[:SAMPLE]
-        # every layer of the whole: where another patch acts, this one's inputs are to be left alone
-        own = moments(some, whole, hit_moment(base, named), i + 2)
-        total = {n: m + own[n] for n, m in total.items()}
-        answers.append(answer_of(patch, base.prefix, own))
-    aimed = [aim(p, base.prefix, a, total) for p, a in zip(patches, answers, strict=True)]
-    return replace(stack(aimed, weights), info={**whole.info, "fused": True})
-
-
-def answer_of(patch: Patch, prefix: str, own: Moments) -> Moments:
-    """A_i H_i by layer: what a patch's keys answer to its own inputs."""
-    names = {n.removeprefix(f"{prefix}."): patch.tensors[f"{n}.lora_A.weight"].double() for n in patch.ranks}
-    return {n: keys @ own[n] for n, keys in names.items()}
+    total = moments(keep, lambda: kept_moment(base, every, keep))
+    tell(1)
+    answers: dict[str, list[Tensor]] = {name: [] for name in whole.ranks}
+    for done, (patch, named) in enumerate(zip(patches, concepts, strict=True), 2):
+        prompts = concept_prompts(named, rest)
+        own = moments(_sample(prompts), partial(mean_moment, base, prompts))
+        # of every layer of the whole: where another patch acts, this one's inputs are to be left alone
+        total = {name: moment + own[name] for name, moment in total.items()}
+        for name in patch.ranks:
+            answers[name].append(patch.tensors[f"{name}.lora_A.weight"].double() @ own[name])
+        tell(done)
+    aimed = {f"{name}.lora_A.weight": aim(torch.cat(parts), total[name]) for name, parts in answers.items()}
+    return Patch({**whole.tensors, **aimed}, {**whole.info, "fused": True})
 
 
-def aim(patch: Patch, prefix: str, answer: Moments, total: Moments) -> Patch:
-    """The patch with its keys aimed anew, A_i H_i (Σ_j H_j + μ G + λ I)⁻¹ in every layer."""
-    tensors = dict(patch.tensors)
-    for name, keys in answer.items():
-        moment = total[name]
-        ridge = RIDGE * moment.trace() / len(moment) * torch.eye(len(moment), dtype=torch.float64)
-        tensors[f"{prefix}.{name}.lora_A.weight"] = torch.linalg.solve(moment + ridge, keys, left=False).float()
-    return replace(patch, tensors=tensors)
+def aim(answer: Tensor, moment: Tensor) -> Tensor:
+    """Keys (r, D) that give A H for the inputs of H and little elsewhere, A H (M + λI)⁻¹, float32."""
+    keys: Tensor = torch.linalg.solve(ridged(moment), answer, left=False)
+    return keys.float()
+
+
+def _sample(prompts: Sequence[str]) -> list[str]:
+    """Some of the prompts, the same ones every time."""
+    return sorted(prompts, key=lambda p: hashlib.sha256(p.encode()).digest())[:SAMPLE]
+
+
+def _moments(
+    base: Base, layers: Sequence[str], prompts: Sequence[str], text_moment: Callable[[], Tensor], *, steps: int
+) -> Moments:
+    """The second moment of the inputs of each layer: the text's for k and v of cross-attention, or else of features."""
+    text = {f"{base.prefix}.{name}" for name in base.matched("esd-x-strict")}.intersection(layers)
+    seen = [name for name in layers if name not in text]
+    features = _features(base, prompts, seen, steps=steps) if seen else {}
+    return features | (dict.fromkeys(text, text_moment()) if text else {})
 
 
 @torch.no_grad()
-def _features(
-    base: Base, prompts: Sequence[str], layers: Sequence[str], *, steps: int, guidance_scale: float
-) -> Moments:
-    """The mean second moment of the layers' inputs along one bare trajectory of each prompt."""
-    base.remove_adapters()
+def _features(base: Base, prompts: Sequence[str], layers: Sequence[str], *, steps: int) -> Moments:
+    """The mean second moment of the layers' inputs along one trajectory of each prompt."""
     sums: Moments = {}
     counts = dict.fromkeys(layers, 0)
+    last, moment = torch.zeros(()), torch.zeros(())
 
     def add(layer: str, x: Tensor) -> None:
-        tokens = x.flatten(0, -2).cpu().double()
-        sums[layer] = sums.get(layer, 0) + tokens.T @ tokens
-        counts[layer] += len(tokens)
+        nonlocal last, moment
+        if x is not last:  # q, k and v of self-attention are given one tensor
+            tokens = x.flatten(0, -2).cpu().double()
+            last, moment = x, tokens.T @ tokens
+        sums[layer] = sums.get(layer, 0) + moment
+        counts[layer] += x.shape[:-1].numel()
 
     scheduler, null = base.scheduler, base.encode([""])
     for first in range(0, len(prompts), BATCH):
         conditions = base.encode(prompts[first : first + BATCH])
         scheduler.set_timesteps(steps, device=base.device)
         seeds = range(first, first + len(conditions))
+        extra = base.pipe.prepare_extra_step_kwargs(torch.Generator(base.device).manual_seed(first), 0.0)
         x_t = base.initial_latents(seeds).float() * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             x = scheduler.scale_model_input(x_t, t).to(base.dtype)
@@ -138,8 +140,8 @@ def _features(
             with _watched(base, layers, add):
                 eps = base.predict(x, ts, conditions)
             eps_null = base.predict(x, ts, null.expand(len(x)))
-            move = guided(eps, eps_null, guidance_scale=guidance_scale).float()
-            x_t = scheduler.step(move, t, x_t, return_dict=False)[0]
+            move = guided(eps, eps_null, guidance_scale=GUIDANCE_SCALE).float()
+            x_t = scheduler.step(move, t, x_t, **extra, return_dict=False)[0]
     return {n: sums[n] / counts[n] for n in layers}
 
 
@@ -150,7 +152,7 @@ def _watched(base: Base, layers: Sequence[str], add: Callable[[str, Tensor], Non
     def hook(name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: add(name, args[0])
 
-    modules: Mapping[str, torch.nn.Module] = dict(base.denoiser.named_modules())
+    modules: Mapping[str, torch.nn.Module] = dict(base.denoiser.named_modules(prefix=base.prefix))
     handles = [modules[n].register_forward_pre_hook(hook(n)) for n in layers]
     try:
         yield

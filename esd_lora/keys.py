@@ -19,6 +19,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -33,7 +34,7 @@ from esd_lora.recipe import Concept
 from esd_lora.trajectories import stems
 
 RIDGE = 1e-3
-"""λ over the mean eigenvalue of G. Directions that the vocabulary hardly uses would get any gain; below a thousandth of
+"""λ over the mean eigenvalue of a moment. Directions that the vocabulary hardly uses would get any gain; below a thousandth of
 the mean they count as used."""
 
 ONE = ("{}", "a {}", "a photo of a {}", "a picture of {}", "{} style")
@@ -41,7 +42,7 @@ TWO = ("a {} and a {}", "a {} with a {}", "{} in {} style", "a {} in {} style")
 """Templates of one and of two words; in the latter each word stands beside others."""
 
 PROMPTS = 8_000
-"""Prompts that stand for a vocabulary, at least; a larger vocabulary has one for each word."""
+"""Prompts that stand for a vocabulary, about; never fewer than one a word."""
 LENGTH = 16
 """Tokens of a prompt that are looked at: the templates' own, and some of the padding that follows."""
 BATCH = 64
@@ -62,7 +63,7 @@ def second_moment(states: Iterable[Tensor]) -> Moment:
 
 
 def generalised_keys(hit: Tensor, keep: Tensor, *, rank: int, ridge: float = RIDGE) -> Tensor:
-    """A: the top generalised eigenvectors of (H, G + λI) as rows, (rank, D), with A H Aᵀ = I.
+    """A: the top generalised eigenvectors of (H, G + λI) as rows, (min(rank, D), D), with A H Aᵀ = I.
 
     Through the Cholesky factor G + λI = L Lᵀ: the eigenvectors u of L⁻¹ H L⁻ᵀ give a = L⁻ᵀ u, and aᵀ H a is their
     eigenvalue.
@@ -73,8 +74,7 @@ def generalised_keys(hit: Tensor, keep: Tensor, *, rank: int, ridge: float = RID
         rank: How many keys; where the concept has fewer directions, the last ones are zero.
         ridge: λ over the mean eigenvalue of G.
     """
-    eye = torch.eye(len(keep), dtype=torch.float64)
-    lower = torch.linalg.cholesky(keep + ridge * keep.trace() / len(keep) * eye)
+    lower = torch.linalg.cholesky(ridged(keep, ridge))
     white = torch.linalg.solve_triangular(lower, hit, upper=False)
     white = torch.linalg.solve_triangular(lower, white.T, upper=False)
     gain, u = torch.linalg.eigh((white + white.T) / 2)
@@ -82,6 +82,11 @@ def generalised_keys(hit: Tensor, keep: Tensor, *, rank: int, ridge: float = RID
     gain[gain < 1e-9 * gain[0]] = torch.inf  # rounding, not a direction
     keys: Tensor = torch.linalg.solve_triangular(lower.T, u, upper=True).T / gain.sqrt()[:, None]
     return keys
+
+
+def ridged(moment: Tensor, ridge: float = RIDGE) -> Tensor:
+    """M + λI for a moment M, (D, D); λ is `ridge` of its mean eigenvalue."""
+    return moment + ridge * moment.trace() / len(moment) * torch.eye(len(moment), dtype=moment.dtype)
 
 
 def words_of(base: Base) -> list[str]:
@@ -96,6 +101,12 @@ def words_of(base: Base) -> list[str]:
     if not found:
         raise BaseModelError(f"{base.name}: its tokenizer marks no whole words, so keys cannot be closed-form")
     return found
+
+
+def other_words(base: Base, concepts: Sequence[Concept]) -> list[str]:
+    """The words of the vocabulary that have no stem in common with those that the concepts are about."""
+    named = named_words(concepts)
+    return [w for w in words_of(base) if not named & stems(w)]
 
 
 def prompts_of(words: Sequence[str]) -> Iterator[str]:
@@ -130,21 +141,26 @@ def prompts_moment(base: Base, prompts: Sequence[str], *, on_prompts: Callable[[
     return second_moment(states())
 
 
-def vocabulary_moment(base: Base, *, on_prompts: Callable[[int, int], None] | None = None) -> Moment:
+def mean_moment(base: Base, prompts: Sequence[str]) -> Tensor:
+    """The mean of c cᵀ over the tokens of prompts, (D, D) in float64."""
+    total, count = prompts_moment(base, prompts)
+    return total / count
+
+
+def vocabulary_moment(
+    base: Base, prompts: Sequence[str], *, on_prompts: Callable[[int, int], None] | None = None
+) -> Moment:
     """Σ c cᵀ over the prompts of the whole vocabulary, and the number of tokens; kept on disk by the text encoder.
 
     Args:
         base: Its text encoder is asked.
+        prompts: See `prompts_of`.
         on_prompts: Called with the number of prompts encoded and their total.
     """
-    prompts = list(prompts_of(words_of(base)))
     path = _cache(base, prompts)
-    if path.exists():
-        try:
-            stored = safetensors.torch.load_file(path)
-            return stored["moment"], int(stored["count"])
-        except SafetensorError:
-            path.unlink()
+    with suppress(OSError, SafetensorError, KeyError):  # none there, or one that cannot be read
+        stored = safetensors.torch.load_file(path)
+        return stored["moment"], int(stored["count"])
     total, count = prompts_moment(base, prompts, on_prompts=on_prompts and (lambda n: on_prompts(n, len(prompts))))
     try:
         write_file(path, encode({"moment": total, "count": torch.tensor(count)}, {}))
@@ -154,22 +170,25 @@ def vocabulary_moment(base: Base, *, on_prompts: Callable[[int, int], None] | No
 
 
 def _cache(base: Base, prompts: Sequence[str]) -> Path:
-    """Where the moment of a text encoder is kept: by its weights, and by what it is asked."""
+    """Where the moment of a text encoder is kept: by its weights, where it runs, and what it is asked."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esd_lora" / "vocabulary"
-    asked = "\n".join((base.text_fingerprint, str(base.dtype), str(LENGTH), *prompts))
+    asked = "\n".join((base.text_fingerprint, base.device.type, str(base.dtype), str(LENGTH), *prompts))
     return home / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.safetensors"
 
 
 def concept_prompts(concepts: Sequence[Concept], words: Sequence[str]) -> list[str]:
     """Prompts with the concepts, their synonyms and what they are erased from: alone, and beside words of the vocabulary."""
-    prompts = []
-    for concept in concepts:
-        for form in dict.fromkeys((concept.erase, *concept.synonyms, concept.prompt)):
-            prompts += [t.format(form) for t in ONE]
-            for k in range(16):
-                beside = words[_draw(f"{form} {k}", len(words))]
-                prompts += [t.format(*pair) for t in TWO for pair in ((form, beside), (beside, form))]
-    return list(dict.fromkeys(prompts))
+    forms = dict.fromkeys(f for c in concepts for f in (c.erase, *c.synonyms, c.prompt))
+    return list(dict.fromkeys(p for f in forms for p in in_templates(f, words, like=f)))
+
+
+def in_templates(form: str, words: Sequence[str], *, like: str) -> list[str]:
+    """Prompts with a form of words, alone and beside words of the vocabulary: the same ones for whatever is `like` it."""
+    prompts = [t.format(form) for t in ONE]
+    for k in range(16):
+        beside = words[_draw(f"{like} {k}", len(words))]
+        prompts += [t.format(*pair) for t in TWO for pair in ((form, beside), (beside, form))]
+    return prompts
 
 
 def named_words(concepts: Sequence[Concept]) -> set[str]:
@@ -197,25 +216,15 @@ def kept_moment(
         keep: More prompts to keep; together they weigh as much as the vocabulary.
         on_prompts: Called with the number of vocabulary prompts encoded and their total.
     """
-    total, count = vocabulary_moment(base, on_prompts=on_prompts)
+    prompts = list(prompts_of(words_of(base)))
+    total, count = vocabulary_moment(base, prompts, on_prompts=on_prompts)
     named = named_words(concepts)
-    about = [p for p in prompts_of(words_of(base)) if named & stems(p)]
+    about = [p for p in prompts if named & stems(p)]
     if about:
         own, own_count = prompts_moment(base, about)
         total, count = total - own, count - own_count
     moment = total / count
-    if keep:
-        kept, kept_count = prompts_moment(base, keep)
-        moment = (moment + kept / kept_count) / 2
-    return moment
-
-
-def hit_moment(base: Base, concepts: Sequence[Concept]) -> Tensor:
-    """H: the second moment of prompts with the concepts, (D, D) in float64."""
-    named = named_words(concepts)
-    rest = [w for w in words_of(base) if not named & stems(w)]
-    total, count = prompts_moment(base, concept_prompts(concepts, rest))
-    return total / count
+    return (moment + mean_moment(base, keep)) / 2 if keep else moment
 
 
 def closed_form_keys(
@@ -224,18 +233,17 @@ def closed_form_keys(
     *,
     rank: int,
     keep: Sequence[str] = (),
-    ridge: float = RIDGE,
     on_prompts: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """A for a patch that erases these concepts, (rank, D), float32.
+    """A for a patch that erases these concepts, (min(rank, D), D), float32.
 
     Args:
         base: Its text encoder is asked.
         concepts: With their synonyms.
         rank: How many keys.
         keep: Prompts that must not wake the patch, beside the vocabulary.
-        ridge: See `generalised_keys`.
         on_prompts: Called with the number of vocabulary prompts encoded and their total.
     """
     kept = kept_moment(base, concepts, keep, on_prompts=on_prompts)
-    return generalised_keys(hit_moment(base, concepts), kept, rank=rank, ridge=ridge).float()
+    hit = mean_moment(base, concept_prompts(concepts, other_words(base, concepts)))
+    return generalised_keys(hit, kept, rank=rank).float()

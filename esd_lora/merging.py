@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import SafetensorError
 
 from esd_lora.bases import DTYPES, Base, local_file
-from esd_lora.compose import check_fits, stack
-from esd_lora.errors import BaseModelError, OutputError, PatchError
-from esd_lora.patch import Patch
+from esd_lora.compose import check_fits, in_use, stack
+from esd_lora.errors import BaseModelError, PatchError
+from esd_lora.patch import PARTS, Patch, check_empty, whole
 from esd_lora.recipe import DType
 
 RECORD = "esd_lora.json"
@@ -38,47 +35,40 @@ def merge(
     """The folder of a pipeline with the patches in its weights.
 
     Args:
-        base: In float32; it is not changed. It comes without safety checker and feature extractor, and so does what is
-            written.
+        base: In float32; active adapters are taken off. It comes without safety checker and feature extractor, and so does
+            what is written.
         patches: At least one.
-        weights: One for each patch, any sign; 1 by default.
+        weights: One for each patch, any sign; 1 by default. A patch of weight 0 is left out.
         out: Folder to write; must not exist yet, or be empty.
         dtype: Of the merged denoiser; the other parts are written as the base has them.
 
     Raises:
-        PatchError: A patch does not fit, or is in the base's weights already.
+        PatchError: A patch does not fit, is in the base's weights already, or takes them beyond what `dtype` can hold.
         OutputError: `out` holds something, or cannot be written to.
         ValueError: The base is not in float32.
     """
+    check_empty(out)
     if base.dtype != torch.float32:
         raise ValueError(f"merging adds in float32, and the base is in {base.dtype}")
-    together = stack(patches, weights)
+    patches, weights = in_use(patches, weights)
     for patch in patches:
         check_fits(patch, base)
+    together = stack(patches, weights)
     before = merged_into(base)
     for part in together.info["stack"]:
         if part["digest"] in {p["digest"] for p in before}:
-            names = ", ".join(c["erase"] for c in part.get("recipe", {}).get("concepts", [])) or part["digest"][:12]
+            names = Patch({}, part).erases or part["digest"][:12]
             raise PatchError(f"the patch that erases {names} is in the weights of {base.name} already")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out}: exists already; choose another --out")
     pipe = type(base.pipe).from_pipe(base.pipe, **{base.prefix: merged_denoiser(base, together)}, dtype=torch.float32)
-    getattr(pipe, base.prefix).to(DTYPES[dtype])  # not before, for `from_pipe` casts too
+    denoiser = getattr(pipe, base.prefix).to(DTYPES[dtype])  # not before, for `from_pipe` casts too
+    for name in together.ranks:
+        if not torch.isfinite(denoiser.get_submodule(name.removeprefix(f"{base.prefix}.")).weight).all():
+            raise PatchError(f"{name}: not finite in {dtype} with the patches in it; give them less weight")
     parts = [*before, *together.info["stack"]]
-    part = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        pipe.save_pretrained(part)
-        (part / RECORD).write_text(json.dumps({"merged": parts}, indent=2) + "\n", encoding="utf-8")
-        (part / "README.md").write_text(_card(base, parts), encoding="utf-8")
-        part.chmod(0o755)
-        part.replace(out)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{out}: cannot write: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
+    with whole(out) as folder:
+        pipe.save_pretrained(folder)
+        (folder / RECORD).write_text(json.dumps({"merged": parts}, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(base, parts), encoding="utf-8")
     return out
 
 
@@ -104,18 +94,15 @@ def merged_into(base: Base) -> list[dict[str, Any]]:
     if path is None:
         return []
     try:
-        parts: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["merged"]
-    except (ValueError, KeyError, TypeError) as error:
+        parts: list[dict[str, Any]] = PARTS.validate_python(json.loads(path.read_text(encoding="utf-8"))["merged"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BaseModelError(f"{base.name}: its {RECORD} is not what `merge` writes") from error
     return parts
 
 
 def _card(base: Base, parts: Sequence[dict[str, Any]]) -> str:
     """The model card of a merged pipeline."""
-    rows = []
-    for part in parts:
-        concepts = part.get("recipe", {}).get("concepts", [])
-        rows.append({"erases": ", ".join(c["erase"] for c in concepts), **part})
+    rows = [{"erases": Patch({}, part).erases, **part} for part in parts]
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="text-to-image", tags=["text-to-image", "diffusers", "concept-erasure"]
     )

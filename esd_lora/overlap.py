@@ -1,7 +1,7 @@
 """`overlap`: what patches share, before they are stacked: where one would act on what another erases, and on other words.
 
 The action of a patch on a prompt is how much it changes the keys and values of cross-attention, relative to what the base
-has there, over all such layers and the prompt's tokens c:
+has there, over all such layers and the prompt's first 16 tokens c:
 
     action(ΔW, prompt) = ( Σ ‖ΔW c‖² / Σ ‖W c‖² )^½
 """
@@ -9,7 +9,7 @@ has there, over all such layers and the prompt's tokens c:
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from esd_lora.bases.base import Base
-from esd_lora.compose import check_fits
+from esd_lora.compose import check_fits, concepts_of
 from esd_lora.errors import PatchError
 from esd_lora.keys import BATCH, LENGTH, named_words, words_of
 from esd_lora.patch import Patch, write_file
@@ -28,6 +28,8 @@ from esd_lora.trajectories import stems
 WORDS = 5_000
 """Of a large vocabulary, as many of its first words are looked at: tokenizers have the frequent ones first."""
 TOP = 10
+CUT = 1e-6
+"""Directions of lora_A that are smaller than this, relative to its largest, are rounding."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,22 @@ def overlap(base: Base, patches: Sequence[Patch], *, on_words: Callable[[int, in
     """What the patches share on this base.
 
     Args:
-        base: The model that they were made for; it is not changed.
+        base: The model that they were made for; active adapters are taken off.
         patches: At least one; each must say what it erases, and adapt k or v of cross-attention.
         on_words: Called with the number of words looked at and their total.
 
     Raises:
         PatchError: A patch does not fit, does not say what it erases, or leaves the text alone.
     """
+    if not patches:
+        raise PatchError("name at least one patch")
     base.remove_adapters()
+    concepts = [concepts_of(p) for p in patches]
     text = [f"{base.prefix}.{n}" for n in base.matched("esd-x-strict")]
     for patch in patches:
         check_fits(patch, base)
-        if not patch.concepts:
-            raise PatchError(f"the patch {patch.digest[:12]} does not say what it erases")
         if not set(text) & set(patch.ranks):
-            raise PatchError(f"the patch that erases {name_of(patch)} leaves k and v of cross-attention alone")
-    if not patches:
-        raise PatchError("name at least one patch")
+            raise PatchError(f"the patch that erases {patch.erases} leaves k and v of cross-attention alone")
     weights = [base.denoiser.get_submodule(n.removeprefix(f"{base.prefix}.")).weight.double().cpu() for n in text]
     whole = sum((w.T @ w for w in weights), torch.zeros(()))
     grams = [gram_of(p, text) for p in patches]
@@ -79,7 +80,7 @@ def overlap(base: Base, patches: Sequence[Patch], *, on_words: Callable[[int, in
         size = torch.einsum("nld,de,nle->n", states, whole, states)
         return torch.stack([torch.einsum("nld,de,nle->n", states, g, states) / size for g in grams]).clamp(min=0).sqrt()
 
-    own = [actions_on([c["from"] or c["erase"] for c in p.concepts]).mean(1) for p in patches]
+    own = [actions_on([c.prompt for c in named]).mean(1) for named in concepts]
     ids = base.pipe.tokenizer.get_vocab()
     words = sorted(words_of(base), key=lambda w: int(ids[f"{w}</w>"]))[:WORDS]
     parts = []
@@ -87,17 +88,13 @@ def overlap(base: Base, patches: Sequence[Patch], *, on_words: Callable[[int, in
         parts.append(actions_on([f"a {w}" for w in words[first : first + BATCH]]))
         if on_words:
             on_words(min(first + BATCH, len(words)), len(words))
+    spaces = [spaces_of(p) for p in patches]
     return Overlap(
-        names=tuple(name_of(p) for p in patches),
+        names=tuple(p.erases for p in patches),
         actions=tuple(tuple(column[i].item() for column in own) for i in range(len(patches))),
-        subspaces=tuple(tuple(_shared(p, q) for q in patches) for p in patches),
-        leaks=tuple(_most(p, row, words) for p, row in zip(patches, torch.cat(parts, 1), strict=True)),
+        subspaces=tuple(tuple(_shared(left, right) for right in spaces) for left in spaces),
+        leaks=tuple(_most(named, row, words) for named, row in zip(concepts, torch.cat(parts, 1), strict=True)),
     )
-
-
-def name_of(patch: Patch) -> str:
-    """What a patch erases, in a few words."""
-    return ", ".join(dict.fromkeys(c["erase"] for c in patch.concepts))
 
 
 def gram_of(patch: Patch, layers: Sequence[str]) -> Tensor:
@@ -110,18 +107,28 @@ def gram_of(patch: Patch, layers: Sequence[str]) -> Tensor:
     return total
 
 
-def _shared(left: Patch, right: Patch) -> float:
-    """Mean squared cosine of the principal angles between the row spaces of lora_A, over the layers of both patches."""
+def spaces_of(patch: Patch) -> dict[str, Tensor]:
+    """By layer an orthonormal basis of what lora_A looks at, (in, directions) in float64."""
+    found = {}
+    for name in patch.ranks:
+        _, s, vt = torch.linalg.svd(patch.tensors[f"{name}.lora_A.weight"].double(), full_matrices=False)
+        found[name] = vt[s > CUT * s[0]].T
+    return found
+
+
+def _shared(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Mean squared cosine of the principal angles between the spaces of two patches, over the layers where both have any."""
     shared = []
-    for name in set(left.ranks) & set(right.ranks):
-        q, r = (torch.linalg.qr(p.tensors[f"{name}.lora_A.weight"].double().T)[0] for p in (left, right))
-        shared.append((torch.linalg.svdvals(q.T @ r) ** 2).mean().item())
+    for name in sorted(left.keys() & right.keys()):
+        q, r = left[name], right[name]
+        if angles := min(q.shape[1], r.shape[1]):
+            shared.append((q.T @ r).square().sum().item() / angles)
     return sum(shared) / len(shared) if shared else 0.0
 
 
-def _most(patch: Patch, actions: Tensor, words: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """The words that a patch acts on most, without those that it is about."""
-    named = named_words([Concept.model_validate(c) for c in patch.concepts])
+def _most(concepts: Sequence[Concept], actions: Tensor, words: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """The words that a patch acts on most, without those that its concepts are about."""
+    named = named_words(concepts)
     order = actions.argsort(descending=True).tolist()
     return tuple((words[i], actions[i].item()) for i in order if not stems(words[i]) & named)[:TOP]
 

@@ -12,23 +12,75 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import safetensors.torch
 import torch
+from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from esd_lora.errors import OutputError, PatchError
+from esd_lora.recipe import Concept
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 SCHEMA = 1
+
+
+# ---- what a header tells, as far as anything here reads it ------------------------------------------------------
+
+
+@with_config({"extra": "allow"})
+class Origin(TypedDict, total=False):
+    """The base that a patch was made for."""
+
+    name: str
+    fingerprint: str
+
+
+@with_config({"extra": "allow"})
+class Made(TypedDict, total=False):
+    """The recipe that a patch was made by; its concepts have all their keys."""
+
+    concepts: list[Annotated[Concept, AfterValidator(lambda c: c.model_dump(mode="json", by_alias=True))]]
+
+
+@with_config({"extra": "allow"})
+class Part(TypedDict):
+    """A part of a stack, or of what was merged into a base."""
+
+    weight: FiniteFloat
+    digest: str
+    recipe: NotRequired[Made]
+    base: NotRequired[Origin]
+
+
+Parts = Annotated[list[Part], Field(min_length=1)]
+
+
+@with_config({"extra": "allow"})
+class Header(TypedDict, total=False):
+    """A patch, or a stack of patches."""
+
+    recipe: Made
+    base: Origin
+    cost: dict[str, Any]
+    stack: Parts
+
+
+HEADER: TypeAdapter[Any] = TypeAdapter(Header)
+PARTS: TypeAdapter[Any] = TypeAdapter(Parts)
+"""A header as plain values, and the parts of a stack: what they validate is returned with all keys of its concepts."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +89,7 @@ class Patch:
 
     tensors: `unet.<module>.lora_A.weight` (r, in) and `….lora_B.weight` (out, r), on the CPU.
     info: `schema`, `recipe`, `base`, `versions`, `cost`, `loss`, and `scores` once measured; of a stack `base` and
-        `stack`, with weight, digest, recipe and base of each part.
+        `stack`, with weight, digest, recipe and base of each part; `fused` and `compressed` where it was.
     """
 
     tensors: Mapping[str, Tensor]
@@ -49,14 +101,25 @@ class Patch:
         return {k.removesuffix(".lora_A.weight"): len(v) for k, v in self.tensors.items() if ".lora_A." in k}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each adapted module's ΔW, by its name with the denoiser's prefix."""
+        pairs = {n: (self.tensors[f"{n}.lora_B.weight"], self.tensors[f"{n}.lora_A.weight"]) for n in self.ranks}
+        return {n: (len(up), down.shape[1]) for n, (up, down) in pairs.items()}
+
+    @property
     def concepts(self) -> list[dict[str, Any]]:
         """The concepts that it erases, as its recipe names them, or the recipes of all parts of a stack."""
         parts = self.info.get("stack", [self.info])
         return [concept for part in parts for concept in part.get("recipe", {}).get("concepts", [])]
 
     @property
+    def erases(self) -> str:
+        """What it erases, in a few words; empty where it does not say."""
+        return ", ".join(dict.fromkeys(c["erase"] for c in self.concepts))
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of its tensors, in hexadecimal: the same for patches that do the same, whatever is told about them."""
+        """SHA-256 of its tensors, in hexadecimal: the same for equal tensors, whatever is told about them."""
         return hashlib.sha256(encode(self.tensors, {})).hexdigest()
 
     def save(self, path: str | Path) -> Path:
@@ -96,35 +159,59 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, flushed to the disk, then renamed.
+    """Write a file whole or not at all: beside its place, flushed to the disk, then renamed.
 
     Raises:
         OutputError: The folder cannot be made or written to, or the disk is full.
     """
-    part = None
-    made = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+    with whole(path) as part, part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place for a file or folder that is at `path` afterwards, for all to read; where that fails nothing is left.
+
+    Raises:
+        OutputError: The folder cannot be made or written to, or the disk is full.
+    """
+    made: list[Path] = []
     try:
+        made = [p for p in path.parents if not p.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            part = file.name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-        part, made = None, []
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            part = Path(folder) / "part"
+            yield part
+            for p in (part, *part.rglob("*")):
+                p.chmod(0o755 if p.is_dir() else 0o644)
+            part.replace(path)
+        made = []
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path}: cannot write: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        if part:
-            Path(part).unlink(missing_ok=True)
-        for folder in made:  # deepest first
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        for p in made:  # deepest first
+            with suppress(OSError):
+                p.rmdir()
+
+
+def check_empty(out: Path) -> None:
+    """Nothing, if a new folder can be at `out`.
+
+    Raises:
+        OutputError: It is a file, or a folder that holds anything.
+    """
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise OutputError(f"{out}: cannot read: {error.strerror or error}") from error
+    if taken:
+        raise OutputError(f"{out}: not empty; choose another --out")
 
 
 def load_patch(path: str | Path) -> Patch:
-    """The patch in a folder or file.
+    """The patch in a folder or file; alpha over rank, where another program wrote one, is in its lora_B.
 
     Raises:
         PatchError: Nothing there, not a safetensors file, not a patch, or a tensor that is not finite.
@@ -139,14 +226,59 @@ def load_patch(path: str | Path) -> Patch:
             tensors = {k: store.get_tensor(k) for k in store.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise PatchError(f"{file}: not a safetensors file: {error}") from error
+    info = _read_header(file, metadata.get("esd_lora", "{}"))
+    _check_tensors(file, tensors)
+    return Patch(_scaled(file, tensors, metadata.get("lora_adapter_metadata", "{}")), info)
+
+
+def _read_header(file: Path, text: str) -> dict[str, Any]:
+    """What the header `esd_lora` tells.
+
+    Raises:
+        PatchError: It is not JSON, of another schema, or malformed; the first place where it is.
+    """
     try:
-        info = json.loads(metadata.get("esd_lora", "{}"))
+        info = json.loads(text)
     except ValueError as error:
         raise PatchError(f"{file}: its esd_lora header is not JSON") from error
     if not isinstance(info, dict) or info.get("schema", SCHEMA) != SCHEMA:
         raise PatchError(f"{file}: written in a form that this version cannot read; update esd_lora")
-    _check_tensors(file, tensors)
-    return Patch(tensors, info)
+    try:
+        told: dict[str, Any] = HEADER.validate_python(info)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise PatchError(f"{file}: its esd_lora header is malformed: {place}: {first['msg']}") from error
+    return told
+
+
+def _scaled(file: Path, tensors: Mapping[str, Tensor], text: str) -> dict[str, Tensor]:
+    """The tensors with the scale that `lora_adapter_metadata` tells, alpha over rank, folded into lora_B.
+
+    Raises:
+        PatchError: The metadata is not what diffusers writes, or contradicts the tensors.
+    """
+    scaled = dict(tensors)
+    try:
+        told = {k.removeprefix("unet."): v for k, v in json.loads(text).items() if k.startswith("unet.")}
+        for name, rank in Patch(tensors).ranks.items() if told else ():
+            r = _told_of(name, told, "r", "rank_pattern")
+            alpha = _told_of(name, told, "lora_alpha", "alpha_pattern")
+            scale = alpha / (math.sqrt(r) if told.get("use_rslora") else r)
+            up = tensors[f"{name}.lora_B.weight"]
+            up = up if scale == 1 else up.float() * scale
+            if r != rank or not torch.isfinite(up).all():
+                raise PatchError(f"{file}: its lora_adapter_metadata does not fit {name} of rank {rank}")
+            scaled[f"{name}.lora_B.weight"] = up
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, re.error) as error:
+        raise PatchError(f"{file}: its lora_adapter_metadata is not what diffusers writes") from error
+    return scaled
+
+
+def _told_of(name: str, told: Mapping[str, Any], key: str, pattern: str) -> Any:
+    """Rank or alpha of a module: that of the first pattern that peft would find in its name, or else of all modules."""
+    module, patterns = name.removeprefix("unet."), told.get(pattern) or {}
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), told[key])
 
 
 def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -160,7 +292,8 @@ def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         kind = ".lora_A." if ".lora_A." in name else ".lora_B."
         other = tensors.get(name.replace(kind, ".lora_B." if kind == ".lora_A." else ".lora_A."))
-        if kind not in name or not name.endswith(".weight") or tensor.ndim != 2 or not tensor.is_floating_point():
+        factor = kind in name and name.endswith(".weight") and tensor.ndim == 2 and tensor.numel()
+        if not factor or not tensor.is_floating_point():
             raise PatchError(f"{file}: {name} is not a low-rank factor in diffusers' naming")
         if other is None:
             raise PatchError(f"{file}: {name} lacks its other factor")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esd_lora.bases import Base
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
-from esd_lora.compose import attach, check_fits, compress, stack
+from esd_lora.compose import attach, check_fits, compress, concepts_of, stack
 from esd_lora.errors import PatchError
 from esd_lora.patch import Patch, load_patch
 from esd_lora.pictures import generate
@@ -82,6 +82,12 @@ def test_a_patch_for_layers_that_are_not_there_is_refused(patch: Patch) -> None:
     name, made_for = next(iter(patch.ranks)), patch.info["base"]["name"]
     assert str(caught.value) == f"the patch (made for {made_for}) adapts {name}, which plain does not have"
     assert same(weights_of(base), before)
+
+
+def test_a_patch_whose_layers_lack_the_denoisers_name_is_refused(base: Base, patch: Patch) -> None:
+    bare = replace(patch, tensors={k.removeprefix("unet."): v for k, v in patch.tensors.items()})
+    with pytest.raises(PatchError, match=rf"adapts {next(iter(bare.ranks))}, which .* does not have$"):
+        check_fits(bare, base)
 
 
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
@@ -171,6 +177,45 @@ def test_a_stack_tells_its_parts_and_a_stack_of_stacks_theirs(patch: Patch, othe
     assert [c["erase"] for c in outer.concepts] == ["cat", "dog", "cat"]
 
 
+def test_a_patch_of_weight_0_is_as_if_it_had_not_been_named(patch: Patch, other: Patch) -> None:
+    name = next(iter(patch.ranks))
+    wide = {**other.tensors, f"{name}.lora_A.weight": torch.ones(5, 64)}
+    alien = replace(patch, tensors=wide, info={**patch.info, "base": {"name": "sd15", "fingerprint": "0"}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone = stack([alien, patch], [0.0, 2.0])
+    expected = stack([patch], [2.0])
+    assert same(dict(alone.tensors), dict(expected.tensors))
+    assert alone.info == expected.info
+
+
+def test_a_stack_keeps_what_is_known_of_its_parts(patch: Patch, other: Patch) -> None:
+    unknown = replace(other, info={})
+    fused = replace(stack([patch, other]), info={**stack([patch, other]).info, "fused": True})
+    small, _ = compress(fused, 3)
+    alone, _ = compress(patch, 1)
+    marks = {"rank": 3, "worst_error": small.info["compressed"]["worst_error"]}
+    with pytest.warns(UserWarning, match="cat is erased by more than one"):
+        told = stack([unknown, small, alone], [1.0, 0.5, 1.0]).info
+    assert told["base"] == patch.info["base"]
+    assert [(p["weight"], p["digest"]) for p in told["stack"]] == [
+        (1.0, unknown.digest),
+        (0.5, patch.digest),
+        (0.5, other.digest),
+        (1.0, alone.digest),
+    ]
+    assert [p.get("fused") for p in told["stack"]] == [None, True, True, None]
+    assert [p.get("compressed") for p in told["stack"]] == [None, marks, marks, alone.info["compressed"]]
+    assert stack([unknown]).info["base"] == {}
+
+
+def test_a_patch_without_concepts_does_not_say_what_it_erases(patch: Patch) -> None:
+    assert [c.erase for c in concepts_of(patch)] == ["cat"]
+    with pytest.raises(PatchError) as caught:
+        concepts_of(replace(patch, info={}))
+    assert str(caught.value) == f"the patch {patch.digest[:12]} does not say what it erases"
+
+
 def test_weights_are_checked_before_anything_is_attached(base: Base, patch: Patch) -> None:
     before = weights_of(base)
     for weights, message in (([1.0, 2.0], "1 patches and 2 weights"), ([float("inf")], "a finite number, got inf")):
@@ -194,6 +239,10 @@ def test_a_stack_of_unequal_ranks_and_layers_loads_into_plain_diffusers(
     pipe.load_lora_weights(tmp_path)
     state = {k: v for k, v in pipe.unet.state_dict().items() if "lora_" in k}
     assert len(state) == len(both.tensors)
+    found = pipe.unet.get_submodule(names[3].removeprefix("unet.")).get_delta_weight("default_0")
+    exact = 0.3 * change(patch, names[3]) + 0.02 * change(other, names[3])
+    # a product of float32 factors, one of them rounded once before
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6 * exact.abs().max().item())
     latents = base.initial_latents([0])
     theirs = pipe("a cat", latents=latents, num_inference_steps=2, guidance_scale=7.5).images[0]
     assert theirs.tobytes() == ours.tobytes()
@@ -235,6 +284,12 @@ def test_compressing_is_the_best_of_its_rank_and_tells_its_error(patch: Patch, o
         torch.testing.assert_close(change(small, name), best, rtol=0, atol=1e-5 * s[0].item())
         assert error == pytest.approx(((exact - best).norm() / exact.norm()).item(), rel=1e-9)
     assert small.info["compressed"] == {"rank": 3, "worst_error": max(errors.values())}
+
+
+def test_a_compressed_patch_does_not_claim_the_scores_of_the_whole_one(patch: Patch) -> None:
+    measured = replace(patch, info={**patch.info, "scores": [{"ua": 1.0}]})
+    assert not {"scores", "loss"} & set(compress(measured, 1)[0].info)
+    assert compress(measured, 2)[0].info == measured.info  # nothing was left out
 
 
 def test_compressing_leaves_what_is_small_enough(patch: Patch) -> None:

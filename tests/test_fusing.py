@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import RecipeOf, same, weights_of
+from diffusers import DDPMScheduler
 from torch import Tensor
 
+from esd_lora import fusing
 from esd_lora.bases import Base
 from esd_lora.errors import PatchError
-from esd_lora.fusing import _features, aim, answer_of, fuse
-from esd_lora.keys import RIDGE
+from esd_lora.fusing import Moments, _features, aim, fuse
+from esd_lora.keys import RIDGE, concept_prompts, other_words, ridged
 from esd_lora.patch import Patch
+from esd_lora.recipe import Concept
 from esd_lora.training import train
+from esd_lora.trajectories import stems
 
 LAYER = "mid.to_k"
-
-
-@pytest.fixture(autouse=True)
-def _cache_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def random_patch(seed: int) -> Patch:
@@ -43,16 +43,23 @@ def inputs(seed: int) -> Tensor:
     return torch.randn(20, 6, generator=torch.Generator().manual_seed(seed)).double()
 
 
+def aimed(patches: Sequence[Patch], own: Sequence[Tensor], moment: Tensor) -> Tensor:
+    """ΔW of patches of one layer with their keys aimed anew, float64."""
+    downs, ups = (
+        [p.tensors[f"unet.{LAYER}.{factor}.weight"].double() for p in patches] for factor in ("lora_A", "lora_B")
+    )
+    keys = aim(torch.cat([a @ h for a, h in zip(downs, own, strict=True)]), moment)
+    return torch.cat(ups, 1) @ keys.double()
+
+
 def test_aimed_patches_solve_the_least_squares_problem() -> None:
     patches, xs, rest = [random_patch(1), random_patch(2)], [inputs(3), inputs(4)], inputs(5)
-    own = [{LAYER: x.T @ x / 20} for x in xs]
-    weight = 0.7
-    moment = own[0][LAYER] + own[1][LAYER] + weight * rest.T @ rest / 20
-    aimed = [aim(p, "unet", answer_of(p, "unet", h), {LAYER: moment}) for p, h in zip(patches, own, strict=True)]
-    found = sum(delta(p) for p in aimed)
+    own = [x.T @ x / 20 for x in xs]
+    moment = own[0] + own[1] + rest.T @ rest / 20
+    found = aimed(patches, own, moment)
     ridge = RIDGE * moment.trace() / 6
     # the same problem for a general solver: one row for each input, its weight under the root
-    left = [*xs, weight**0.5 * rest, (20 * ridge) ** 0.5 * torch.eye(6).double()]
+    left = [*xs, rest, (20 * ridge) ** 0.5 * torch.eye(6).double()]
     right = [*(x @ delta(p).T for x, p in zip(xs, patches, strict=True)), torch.zeros(26, 5).double()]
     best = torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution.T
     # factors are stored in float32
@@ -61,11 +68,8 @@ def test_aimed_patches_solve_the_least_squares_problem() -> None:
 
 def test_where_inputs_are_apart_every_patch_acts_on_its_own_and_not_elsewhere() -> None:
     first, second, third = torch.eye(6).double().split(2)
-    own = [{LAYER: first.T @ first}, {LAYER: second.T @ second}]
     patches = [random_patch(1), random_patch(2)]
-    total = {LAYER: torch.eye(6).double()}
-    aimed = [aim(p, "unet", answer_of(p, "unet", h), total) for p, h in zip(patches, own, strict=True)]
-    fused = delta(aimed[0]) + delta(aimed[1])
+    fused = aimed(patches, [first.T @ first, second.T @ second], torch.eye(6).double())
     # the ridge, a thousandth, is what is lost
     torch.testing.assert_close(fused @ first.T, delta(patches[0]) @ first.T, rtol=2e-3, atol=1e-6)
     torch.testing.assert_close(fused @ second.T, delta(patches[1]) @ second.T, rtol=2e-3, atol=1e-6)
@@ -94,6 +98,66 @@ def test_fused_patches_lose_no_rank_and_say_what_they_are(base: Base, pair: list
     assert torch.equal(fused.tensors[values][:, :2], pair[0].tensors[values])
 
 
+def test_a_fused_patch_is_the_weighted_sum_that_the_moments_ask_for(
+    base: Base, pair: list[Patch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments: list[Moments] = []
+    honest = fusing._moments
+    monkeypatch.setattr(fusing, "_moments", lambda *a, **k: moments.append(honest(*a, **k)) or moments[-1])
+    weights = [1.0, -0.5]
+    fused = fuse(base, pair, weights, steps=2)
+    kept, *own = moments
+    assert len(own) == 2
+    for name in fused.ranks:
+        parts = [w * delta(p, name) @ h[name] for p, w, h in zip(pair, weights, own, strict=True) if name in p.ranks]
+        exact = torch.linalg.solve(ridged(kept[name] + own[0][name] + own[1][name]), sum(parts), left=False)
+        # keys and values are stored in float32
+        torch.testing.assert_close(delta(fused, name), exact, rtol=0, atol=1e-5 * exact.abs().max().item())
+
+
+def test_a_patch_of_weight_0_is_not_fused(base: Base, pair: list[Patch]) -> None:
+    both, alone = fuse(base, pair, [1.0, 0.0], steps=2), fuse(base, pair[:1], steps=2)
+    assert same(dict(both.tensors), dict(alone.tensors))
+    assert both.info == alone.info
+
+
+def test_a_patch_is_never_asked_for_beside_the_words_of_another(
+    base: Base, pair: list[Patch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[Sequence[str]] = []
+    seen: list[Sequence[str]] = []
+    moment, features = fusing.mean_moment, fusing._features
+    monkeypatch.setattr(fusing, "mean_moment", lambda b, prompts: texts.append(prompts) or moment(b, prompts))
+    monkeypatch.setattr(
+        fusing, "_features", lambda b, prompts, *a, **k: seen.append(prompts) or features(b, prompts, *a, **k)
+    )
+    q = [Concept(erase="q")]  # the tiny tokenizer has letters for words
+    alone = set().union(*map(stems, concept_prompts(q, other_words(base, q))))
+    other = min(w for w in alone if len(w) == 1 and w != "q")  # what q would be asked for beside
+    named = [replace(p, info={"recipe": {"concepts": [{"erase": e}]}}) for p, e in zip(pair, ("q", other), strict=True)]
+    fuse(base, named, steps=2)
+    (kept, *some), (first, second) = seen, texts
+    assert not any({"q", other} & stems(p) for p in kept)
+    assert all("q" in stems(p) and other not in stems(p) for p in first)
+    assert all(other in stems(p) and "q" not in stems(p) for p in second)
+    assert any(len(stems(p)) > 1 for p in first)
+    assert [len(p) for p in some] == [fusing.SAMPLE] * 2
+    assert set(some[0]) < set(first)
+    assert set(some[1]) < set(second)
+
+
+def test_where_no_patch_looks_at_the_text_it_is_not_looked_at(
+    base: Base, recipe_of: RecipeOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch = train(recipe_of(layers="esd-u"), base)
+
+    def text_states(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("nobody asked")
+
+    monkeypatch.setattr(type(base), "text_states", text_states)
+    assert fuse(base, [patch], steps=2).ranks == patch.ranks
+
+
 def test_a_fused_patch_acts_less_where_nothing_is_erased(base: Base, pair: list[Patch]) -> None:
     fused = fuse(base, pair[:1], steps=2)
     name = next(n for n in fused.ranks if n.endswith("attn2.to_v"))
@@ -107,17 +171,35 @@ def test_a_fused_patch_acts_less_where_nothing_is_erased(base: Base, pair: list[
 
 
 def test_features_are_the_inputs_of_the_layers(base: Base) -> None:
-    layer = base.matched("esd-u")[0]
-    (moment,) = _features(base, ["a cat", "a dog"], [layer], steps=2, guidance_scale=3.0).values()
-    width = base.denoiser.get_submodule(layer).weight.shape[1]
-    assert moment.shape == (width, width)
-    assert moment.dtype == torch.float64
-    assert torch.linalg.eigvalsh(moment).min() > -1e-9
+    """Of cross-attention k they are known: the text's states, at every step."""
+    prompts = ["a cat", "a dog", "tree"]
+    layer, query = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", base.matched("esd-u")[0]
+    found = _features(base, prompts, [f"unet.{layer}", f"unet.{query}"], steps=2)
+    states = base.encode(prompts).tensors["encoder_hidden_states"].flatten(0, 1).double()
+    # sums of 96 products in float64, in another order
+    torch.testing.assert_close(found[f"unet.{layer}"], states.T @ states / len(states), rtol=1e-9, atol=1e-12)
     assert not base.denoiser.get_submodule(layer)._forward_pre_hooks
+    assert not base.denoiser.get_submodule(query)._forward_pre_hooks
+
+
+def test_q_k_and_v_of_self_attention_have_the_same_inputs_and_its_output_others(base: Base) -> None:
+    block = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    names = [f"{block}.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
+    found = _features(base, ["a cat"], names, steps=2)
+    assert torch.equal(found[names[0]], found[names[1]])
+    assert torch.equal(found[names[0]], found[names[2]])
+    assert not torch.allclose(found[names[0]], found[names[3]])
+
+
+def test_features_are_the_same_every_time_whatever_the_scheduler_draws(base: Base) -> None:
+    base.pipe.scheduler = DDPMScheduler.from_config(base.pipe.scheduler.config)
+    layer = f"unet.{base.matched('esd-u')[0]}"
+    first, again = (_features(base, ["a cat", "a dog"], [layer], steps=3)[layer] for _ in range(2))
+    assert torch.equal(first, again)
 
 
 def test_what_cannot_be_fused_is_refused(base: Base, pair: list[Patch]) -> None:
-    with pytest.raises(PatchError, match="does not say what it erases, so it cannot be fused"):
+    with pytest.raises(PatchError, match="does not say what it erases"):
         fuse(base, [replace(pair[0], info={})])
     with pytest.raises(PatchError, match="nothing to stack"):
         fuse(base, [])

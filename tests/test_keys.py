@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RecipeOf, same
+from safetensors.torch import save_file
 from torch import Tensor
 
 from esd_lora import keys
@@ -18,6 +21,7 @@ from esd_lora.keys import (
     generalised_keys,
     kept_moment,
     named_words,
+    other_words,
     prompts_of,
     second_moment,
     vocabulary_moment,
@@ -26,10 +30,8 @@ from esd_lora.keys import (
 from esd_lora.recipe import Concept
 from esd_lora.training import train
 
-
-@pytest.fixture(autouse=True)
-def _cache_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+PROMPTS = [f"a {letter}" for letter in "bcdefgh"]
+"""A short vocabulary's."""
 
 
 def moments(size: int = 12) -> tuple[Tensor, Tensor]:
@@ -67,6 +69,13 @@ def test_where_the_concept_has_nothing_a_key_is_zero() -> None:
     assert not rows[1:].any()
 
 
+def test_there_are_no_more_keys_than_dimensions() -> None:
+    hit, keep = moments()
+    rows = generalised_keys(hit, keep, rank=20)
+    assert rows.shape == (12, 12)
+    torch.testing.assert_close(rows[:5], generalised_keys(hit, keep, rank=5), rtol=0, atol=0)
+
+
 def test_a_second_moment_is_summed_over_tokens_in_float64() -> None:
     states = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(2))
     moment, count = second_moment([states[:5], states[5:]])
@@ -86,24 +95,53 @@ def test_the_vocabulary_is_every_word_alone_and_beside_others(base: Base) -> Non
     assert len(list(prompts_of([f"word{i}" for i in range(30_000)]))) == 30_000
 
 
-def test_the_vocabulary_is_encoded_once_for_each_text_encoder(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vocabulary_is_encoded_once_for_each_text_encoder(base: Base) -> None:
     seen: list[tuple[int, int]] = []
-    moment, count = vocabulary_moment(base, on_prompts=lambda done, of: seen.append((done, of)))
-    assert seen[-1][0] == seen[-1][1] > 1000
+
+    def look() -> tuple[Tensor, int]:
+        return vocabulary_moment(base, PROMPTS, on_prompts=lambda done, of: seen.append((done, of)))
+
+    moment, count = look()
+    assert seen[-1] == (len(PROMPTS), len(PROMPTS))
     seen.clear()
-    again, count_again = vocabulary_moment(base, on_prompts=lambda done, of: seen.append((done, of)))
+    again, count_again = look()
     assert torch.equal(moment, again)
     assert (count, seen) == (count_again, [])
     base.pipe.text_encoder.get_input_embeddings().weight.data *= 1.5  # another text encoder
-    vocabulary_moment(base, on_prompts=lambda done, of: seen.append((done, of)))
+    look()
     assert seen
 
 
-def test_a_broken_cache_is_computed_anew(base: Base, tmp_path: Path) -> None:
-    moment, _ = vocabulary_moment(base)
+def test_the_vocabulary_is_encoded_anew_on_another_kind_of_device(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = keys._cache(base, PROMPTS)
+    monkeypatch.setattr(type(base), "device", torch.device("meta"))
+    assert keys._cache(base, PROMPTS) != here
+
+
+@pytest.mark.parametrize("broken", ["cut", "empty", "other"])
+def test_a_broken_cache_is_computed_anew(base: Base, tmp_path: Path, broken: str) -> None:
+    moment, _ = vocabulary_moment(base, PROMPTS)
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:100])
-    again, _ = vocabulary_moment(base)
+    whole = file.read_bytes()
+    if broken == "other":
+        save_file({"moment": torch.ones(1)}, file)
+    else:
+        file.write_bytes(whole[: 100 if broken == "cut" else 0])
+    again, _ = vocabulary_moment(base, PROMPTS)
+    assert torch.equal(moment, again)
+    assert file.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_used_is_warned_of(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    moment, _ = vocabulary_moment(base, PROMPTS)
+
+    def denied(*_: object) -> None:  # as in a folder without permission, which root would not notice
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    monkeypatch.setattr(keys.safetensors.torch, "load_file", denied)
+    with pytest.warns(UserWarning, match="not kept for the next time: .*: cannot write: Permission denied"):
+        again, _ = vocabulary_moment(base, PROMPTS)
     assert torch.equal(moment, again)
 
 
@@ -122,6 +160,12 @@ def test_what_a_concept_is_erased_from_wakes_the_patch_where_it_does_not_name_it
     assert "a photo of a cowboys" in concept_prompts([hat], ["tree"])
     worn = Concept.model_validate({"erase": "party hat", "from": "a cat with a party hat"})
     assert named_words([worn]) == {"party", "hat"}  # the cat itself is to be kept
+
+
+def test_other_words_have_no_stem_in_common_with_the_concepts(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "words_of", lambda _: ["apple", "apples", "Apples", "pear", "style", "van", "tree"])
+    concepts = [Concept(erase="apples"), Concept.model_validate({"erase": "van gogh style"})]
+    assert other_words(base, concepts) == ["pear", "style", "tree"]
 
 
 def test_the_concept_is_no_part_of_what_is_kept(base: Base) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,8 +76,9 @@ def test_a_folder_that_is_taken_is_refused_and_left_alone(base: Base, patch: Pat
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="exists already"):
-        merge(base, [patch], out=taken)
+    with pytest.raises(OutputError) as caught:
+        merge(base, [], out=taken)  # before anything else is looked at
+    assert str(caught.value) == f"{taken}: not empty; choose another --out"
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
     assert [p.name for p in taken.iterdir()] == ["mine.txt"]
 
@@ -85,9 +88,10 @@ def test_a_base_that_is_not_in_float32_is_refused(tiny_folder: Path, patch: Patc
         merge(load_base(str(tiny_folder), dtype="bf16"), [patch], out=tmp_path / "merged")
 
 
-def test_a_record_that_is_none_is_named(base: Base, patch: Patch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"merged": null}', '{"merged": [{}]}', '{"merged": [7]}'])
+def test_a_record_that_is_none_is_named(base: Base, patch: Patch, tmp_path: Path, record: str) -> None:
     once = merge(base, [patch], out=tmp_path / "once")
-    (once / "esd_lora.json").write_text("[]")
+    (once / "esd_lora.json").write_text(record)
     with pytest.warns(UserWarning, match="differ"), pytest.raises(BaseModelError, match=r"its esd_lora\.json is not"):
         merge(load_base(str(once)), [patch], out=tmp_path / "twice")
 
@@ -100,10 +104,37 @@ def test_a_record_that_is_none_is_named(base: Base, patch: Patch, tmp_path: Path
 def test_a_disk_that_fills_up_leaves_nothing(
     base: Base, patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def full(*_: object, **__: object) -> None:
+    def full(_: object, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model_index.json").write_text("{}")
         raise error
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
-    with pytest.raises(OutputError, match="cannot write: No space left on device"):
-        merge(base, [patch], out=tmp_path / "merged")
+    for out in (tmp_path / "merged", tmp_path / "a" / "b" / "c"):
+        with pytest.raises(OutputError, match="cannot write: No space left on device"):
+            merge(base, [patch], out=out)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_pipeline_can_be_read_by_others(base: Base, patch: Patch, tmp_path: Path) -> None:
+    out = merge(base, [patch], out=tmp_path / "a" / "merged")
+    for path in (out, *out.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written(
+    base: Base, patch: Patch, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        PatchError, match=r"^unet\..*: not finite in fp16 with the patches in it; give them less weight$"
+    ):
+        merge(base, [patch], [1e8], out=tmp_path / "merged", dtype="fp16")
     assert not list(tmp_path.iterdir())
+    assert merge(base, [patch], [1e8], out=tmp_path / "merged", dtype="bf16").is_dir()  # float32's range
+
+
+def test_a_patch_of_weight_0_is_not_merged(base: Base, patch: Patch, tmp_path: Path) -> None:
+    alien = replace(patch, tensors={k.replace("unet.", "dit."): v for k, v in patch.tensors.items()})
+    out = merge(base, [alien, patch], [0.0, 1.0], out=tmp_path / "merged")
+    (part,) = json.loads((out / "esd_lora.json").read_text())["merged"]
+    assert (part["weight"], part["digest"]) == (1.0, patch.digest)

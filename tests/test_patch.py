@@ -14,6 +14,9 @@ import pytest
 import torch
 from conftest import same, weights_of
 from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +24,7 @@ from torch import Tensor
 from esd_lora.bases import Base
 from esd_lora.compose import attach
 from esd_lora.errors import OutputError, PatchError
-from esd_lora.patch import FILE_NAME, Patch, encode, load_patch, write_file
+from esd_lora.patch import FILE_NAME, Patch, check_empty, encode, load_patch, write_file
 
 A, B = "unet.block.to_k.lora_A.weight", "unet.block.to_k.lora_B.weight"
 
@@ -41,6 +44,12 @@ def test_a_patch_reads_as_it_was_written(patch: Patch, tmp_path: Path) -> None:
     assert patch.save(tmp_path / "b.safetensors") == tmp_path / "b.safetensors"
     assert (tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
     assert again.save(tmp_path / "c").read_bytes() == file.read_bytes()
+
+
+def test_a_patch_knows_the_shapes_of_its_layers() -> None:
+    patch = Patch(factors())
+    assert patch.shapes == {"unet.block.to_k": (4, 3)}
+    assert (patch.concepts, patch.erases) == ([], "")
 
 
 def test_equal_patches_are_equal_files() -> None:
@@ -104,11 +113,63 @@ def test_plain_diffusers_draws_the_same_with_the_patch_and_the_base_without(
     assert np.array_equal(draw(pipe), bare)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": 6, "rank_pattern": {"attn2.to_q": 3}, "alpha_pattern": {"attn2.to_q": 1, "^mid_block.*to_v": 2}},
+        {"lora_alpha": 6, "use_rslora": True},
+    ],
+    ids=["patterns", "rslora"],
+)
+def test_the_alpha_of_another_program_counts_as_in_plain_diffusers(
+    config: dict[str, Any], base: Base, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    modules = ["attn2.to_q", "attn2.to_v", "attn1.to_k"]
+    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=modules, init_lora_weights="gaussian", **config))
+    generator = torch.Generator().manual_seed(0)
+    state = get_peft_model_state_dict(pipe.unet)
+    state = {k: torch.randn(v.shape, generator=generator) for k, v in state.items()}
+    pipe.save_lora_weights(tmp_path, state, **_collate_lora_metadata({"unet": pipe.unet}))
+    pipe.unet.unload_lora()
+
+    def predict() -> Tensor:
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return pipe.unet(x, 500, base.encode(["cat", "dog"]).tensors["encoder_hidden_states"]).sample
+
+    bare = predict()
+    pipe.load_lora_weights(tmp_path)
+    theirs = predict()
+    pipe.unload_lora_weights()
+    patch = load_patch(tmp_path)
+    plain = Patch({f"unet.{k}": v for k, v in state.items()})
+    ours = []
+    for loaded in (patch, plain):
+        attach(base, [loaded])
+        pipe.unet = base.denoiser
+        ours.append(predict())
+    # the scale is on B here and on B A x there: roundings of float32 in a few layers
+    torch.testing.assert_close(ours[0], theirs, rtol=1e-4, atol=1e-5)
+    assert (ours[1] - theirs).abs().max() > 0.01  # without the scale it is another picture
+    assert (bare - theirs).abs().max() > 0.01
+    patch.save(tmp_path / "again")
+    assert same(load_patch(tmp_path / "again").tensors, dict(sorted(patch.tensors.items())))
+
+
 # ---- broken files ------------------------------------------------------------------------------------------------
 
 
 def document(text: str) -> Callable[[Path], None]:
     return lambda path: save_file(factors(), path, {"esd_lora": text})
+
+
+def adapter(text: str) -> Callable[[Path], None]:
+    return lambda path: save_file(factors(), path, {"lora_adapter_metadata": text})
+
+
+def concept(text: str) -> Callable[[Path], None]:
+    return document(f'{{"recipe": {{"concepts": [{text}]}}}}')
 
 
 def tensors(replaced: Mapping[str, Tensor | None]) -> Callable[[Path], None]:
@@ -117,6 +178,8 @@ def tensors(replaced: Mapping[str, Tensor | None]) -> Callable[[Path], None]:
 
 
 ALIEN = "is not a low-rank factor in diffusers' naming"
+MALFORMED = "its esd_lora header is malformed: "
+ADAPTER = "its lora_adapter_metadata "
 
 
 @pytest.mark.parametrize(
@@ -131,12 +194,35 @@ ALIEN = "is not a low-rank factor in diffusers' naming"
         (document("{"), "its esd_lora header is not JSON"),
         (document("[1]"), "written in a form that this version cannot read; update esd_lora"),
         (document('{"schema": 2}'), "written in a form that this version cannot read; update esd_lora"),
+        (document('{"base": null}'), f"{MALFORMED}base: "),
+        (document('{"base": {"name": null}}'), f"{MALFORMED}base.name: "),
+        (document('{"recipe": null}'), f"{MALFORMED}recipe: "),
+        (document('{"recipe": {"concepts": "cat"}}'), f"{MALFORMED}recipe.concepts: "),
+        (document('{"cost": 7}'), f"{MALFORMED}cost: "),
+        (document('{"stack": []}'), f"{MALFORMED}stack: "),
+        (document('{"stack": [{}]}'), f"{MALFORMED}stack.0.weight: Field required"),
+        (document('{"stack": [{"weight": NaN, "digest": ""}]}'), f"{MALFORMED}stack.0.weight: "),
+        (concept("{}"), f"{MALFORMED}recipe.concepts.0.erase: Field required"),
+        (concept('{"erase": "cat", "form": "dog"}'), f"{MALFORMED}recipe.concepts.0.form: "),
+        (concept('{"erase": "cat", "from": "cat"}'), f"{MALFORMED}recipe.concepts.0: "),
+        (adapter("{"), f"{ADAPTER}is not what diffusers writes"),
+        (adapter("[1]"), f"{ADAPTER}is not what diffusers writes"),
+        (adapter('{"unet.r": 2}'), f"{ADAPTER}is not what diffusers writes"),
+        (adapter('{"unet.r": 2, "unet.lora_alpha": "4"}'), f"{ADAPTER}is not what diffusers writes"),
+        (adapter('{"unet.r": 0, "unet.lora_alpha": 4}'), f"{ADAPTER}is not what diffusers writes"),
+        (
+            adapter('{"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {"(": 1}}'),
+            f"{ADAPTER}is not what diffusers writes",
+        ),
+        (adapter('{"unet.r": 3, "unet.lora_alpha": 3}'), f"{ADAPTER}does not fit unet.block.to_k of rank 2"),
+        (adapter('{"unet.r": 2, "unet.lora_alpha": 1e99}'), f"{ADAPTER}does not fit unet.block.to_k of rank 2"),
         (lambda path: save_file({}, path), "holds no tensors"),
         (tensors({"unet.conv_in.weight": torch.ones(2, 2)}), f"unet.conv_in.weight {ALIEN}"),
         (tensors({"unet.x.lora_down.weight": torch.ones(2, 2)}), f"unet.x.lora_down.weight {ALIEN}"),
         (tensors({"unet.x.lora_A.bias": torch.ones(2, 2)}), f"unet.x.lora_A.bias {ALIEN}"),
         (tensors({A: torch.ones(2, 3, 1, 1)}), f"{A} {ALIEN}"),
         (tensors({A: torch.ones(2, 3, dtype=torch.int64)}), f"{A} {ALIEN}"),
+        (tensors({A: torch.ones(0, 3), B: torch.ones(4, 0)}), f"{A} {ALIEN}"),
         (tensors({B: None}), f"{A} lacks its other factor"),
         (tensors({A: None}), f"{B} lacks its other factor"),
         (tensors({A: torch.ones(3, 3)}), f"{A} is (3, 3), which does not fit (4, 2)"),
@@ -157,6 +243,20 @@ def test_a_broken_patch_is_refused_in_one_line(breaks: Callable[[Path], None], m
 def test_a_sound_patch_of_another_program_is_accepted(tmp_path: Path) -> None:
     save_file(factors(), tmp_path / "lora.safetensors")  # no header at all
     assert load_patch(tmp_path / "lora.safetensors").info == {}
+
+
+def test_the_concepts_of_a_loaded_patch_have_all_their_keys(tmp_path: Path) -> None:
+    cat = {"erase": "cat", "from": None, "replace_with": None, "synonyms": []}
+    alone = {"recipe": {"concepts": [{"erase": "cat"}], "rank": 2}, "note": "mine"}
+    Patch(factors(), alone).save(tmp_path / "alone")
+    patch = load_patch(tmp_path / "alone")
+    assert (patch.concepts, patch.erases) == ([cat], "cat")
+    assert patch.info == {"schema": 1, "note": "mine", "recipe": {"concepts": [cat], "rank": 2}}
+    part = {"weight": 1, "digest": "0", "recipe": {"concepts": [{"erase": "cat"}]}, "fused": True}
+    Patch(factors(), {"stack": [part, part]}).save(tmp_path / "stack")
+    stack = load_patch(tmp_path / "stack")
+    assert (stack.concepts, stack.erases) == ([cat, cat], "cat")
+    assert stack.info["stack"][0] == {**part, "recipe": {"concepts": [cat]}}
 
 
 @pytest.mark.parametrize("place", ["nowhere", "nowhere.safetensors", "empty"])
@@ -180,11 +280,33 @@ def test_a_full_disk_leaves_the_old_file_whole_and_nothing_beside_it(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError) as caught:
-        write_file(path, b"new")
-    assert str(caught.value) == f"{path}: cannot write: No space left on device"
+    for place in (path, tmp_path / "a" / "b" / "file"):
+        with pytest.raises(OutputError) as caught:
+            write_file(place, b"new")
+        assert str(caught.value) == f"{place}: cannot write: No space left on device"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
+
+
+def test_a_place_that_may_not_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> bool:  # as Path.exists under a folder without permission, which root would not notice
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(OutputError, match=r"/file: cannot write: Permission denied$"):
+        write_file(tmp_path / "file", b"data")
+    with pytest.raises(OutputError, match=r"/file: cannot read: Permission denied$"):
+        check_empty(tmp_path / "file")
+
+
+def test_only_what_holds_nothing_is_empty(tmp_path: Path) -> None:
+    check_empty(tmp_path)
+    check_empty(tmp_path / "new")
+    write_file(tmp_path / "folder" / "file", b"data")
+    for taken in (tmp_path / "folder", tmp_path / "folder" / "file"):
+        with pytest.raises(OutputError) as caught:
+            check_empty(taken)
+        assert str(caught.value) == f"{taken}: not empty; choose another --out"
 
 
 def test_files_can_be_read_by_others_and_folders_are_made(tmp_path: Path) -> None:
