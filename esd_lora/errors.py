@@ -3,10 +3,10 @@
 EsdLoraError              exit code 1: a failure
 ├── TrainingError         the run itself broke (a loss that is not a number)
 └── UserError             exit code 2: something that the user can put right
-├── RecipeError       a recipe, or an option that overrides it
-├── BaseModelError    the base model: not found, not a pipeline, a device or precision that is not there
-├── PatchError        a patch file, or a patch that does not fit its base
-└── OutputError       a folder or file that cannot be written
+    ├── RecipeError       a recipe, or an option that overrides it
+    ├── BaseModelError    the base model: not found, not a pipeline, a device or precision that is not there
+    ├── PatchError        a patch file, or a patch that does not fit its base
+    └── OutputError       a folder or file that cannot be written
 """
 
 from __future__ import annotations

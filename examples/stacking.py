@@ -3,16 +3,19 @@
     python examples/stacking.py --out runs/stacking [--only keyed] [--k 1 2 4 8 16] [--orders 3] [--seeds 3]
 
 For each order of the concepts and each training seed the first k patches are put together and the grid is drawn: pictures
-of an erased concept with nothing else erased in them, and pictures with nothing erased. Everything is kept on disk, so that
-the script goes on where it stopped; at the end it prints a table and draws `stacking.png`.
+of an erased concept with nothing else erased in them, and pictures with nothing erased. Patches and hits are kept on disk, so
+that the script goes on where it stopped; at the end it prints a table and draws `stacking.png`. Hits are named by the pictures
+asked for and the trained patches; after a change of how patches are put together, remove the folder `hits`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,12 @@ from rich.progress import track
 
 from esd_lora.bases import Base, load_base
 from esd_lora.compose import stack
-from esd_lora.emoji.evaluators import load_evaluator
+from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES
 from esd_lora.evaluate import FIRST_SEED, Cell, draw, rate
 from esd_lora.fusing import fuse
 from esd_lora.merging import merged_denoiser
-from esd_lora.patch import Patch, load_patch, write_file
+from esd_lora.patch import Patch, write_file
 from esd_lora.recipe import Recipe
 from esd_lora.training import train
 
@@ -56,10 +59,8 @@ def words_of(concept: str) -> dict[str, Any]:
 
 def patch_of(base: Base, concepts: Sequence[str], kind: str, seed: int, folder: Path) -> Patch:
     """The trained patch of a kind, from disk where it is there."""
-    if not (folder / "pytorch_lora_weights.safetensors").exists():
-        fields = {"base": "emoji", "concepts": [words_of(c) for c in concepts], "seed": seed, **KINDS[kind]}
-        train(Recipe.model_validate(fields), base, out=folder, resume=True)
-    return load_patch(folder)
+    fields = {"base": "emoji", "concepts": [words_of(c) for c in concepts], "seed": seed, **KINDS[kind]}
+    return train(Recipe.model_validate(fields), base, out=folder, resume=True)
 
 
 def tied(patches: Sequence[Patch]) -> Patch:
@@ -71,40 +72,45 @@ def tied(patches: Sequence[Patch]) -> Patch:
         change = ties(changes, torch.ones(len(changes)), 0.5)
         u, s, vt = torch.linalg.svd(change, full_matrices=False)
         tensors[up], tensors[down] = u * s, vt
-    return Patch(tensors, {"stack": stack(patches).info["stack"]})
+    return Patch(tensors)
 
 
-def sequential(base: Base, concepts: Sequence[str], seed: int, folder: Path) -> Patch:
-    """Each patch trained on the base with all earlier ones merged, as a stack."""
+def sequential(base: Base, concepts: Sequence[str], seed: int, folder: Path) -> list[Patch]:
+    """A patch of each concept, trained on the base with all earlier ones merged."""
     patches: list[Patch] = []
     for i, concept in enumerate(concepts):
-        original = base.pipe.unet
-        base.pipe.unet = merged_denoiser(base, stack(patches)) if patches else original
-        try:
-            patches.append(patch_of(base, [concept], "preserved", seed, folder / f"{i:02d}-{concept}"))
-        finally:
-            base.pipe.unet = original
-    return stack(patches)
+        so_far = with_merged(base, patches) if patches else base
+        trained = patch_of(so_far, [concept], "preserved", seed, folder / "-".join(concepts[: i + 1]))
+        patches.append(Patch(trained.tensors))  # it tells of `so_far`, and together they are for `base`
+    return patches
 
 
-def compositions(base: Base, order: Sequence[str], seed: int, out: Path) -> Mapping[str, Callable[[], Patch]]:
-    """The ways to erase these concepts together."""
+def with_merged(base: Base, patches: Sequence[Patch]) -> Base:
+    """A second base, which has the patches in its weights, and a fingerprint of its own."""
+    unet = merged_denoiser(base, stack(patches))
+    return type(base)(type(base.pipe).from_pipe(base.pipe, unet=unet, dtype=base.dtype), name=base.name)
 
-    def single(kind: str) -> list[Patch]:
-        return [patch_of(base, [c], kind, seed, out / "patches" / f"{kind}-{c}-{seed}") for c in order]
 
-    name = "-".join(order)
+Way = tuple[Callable[[], list[Patch]], Callable[[Sequence[Patch]], Patch]]
+"""How to get the trained patches, and how to put them together."""
+
+
+def ways_of(base: Base, order: Sequence[str], seed: int, folder: Path) -> Mapping[str, Way]:
+    """The ways to erase these concepts together; the trained patches are kept in the folder."""
+
+    def single(kind: str) -> Callable[[], list[Patch]]:
+        return lambda: [patch_of(base, [c], kind, seed, folder / f"{kind}-{c}-{seed}") for c in order]
+
+    one = folder / f"one-{len(order)}-{'-'.join(order)}-{seed}"
     return {
-        "keyed": lambda: stack(single("keyed")),
-        "learned": lambda: stack(single("learned")),
-        "preserved": lambda: stack(single("preserved")),
-        "fused": lambda: fuse(base, single("learned")),
-        "fused preserved": lambda: fuse(base, single("preserved")),
-        "ties": lambda: tied(single("learned")),
-        "one patch": lambda: patch_of(
-            base, order, "preserved", seed, out / "patches" / f"one-{len(order)}-{name}-{seed}"
-        ),
-        "sequential": lambda: sequential(base, order, seed, out / "patches" / f"sequential-{seed}"),
+        "keyed": (single("keyed"), stack),
+        "learned": (single("learned"), stack),
+        "preserved": (single("preserved"), stack),
+        "fused": (single("learned"), partial(fuse, base)),
+        "fused preserved": (single("preserved"), partial(fuse, base)),
+        "ties": (single("learned"), tied),
+        "one patch": (lambda: [patch_of(base, order, "preserved", seed, one)], stack),
+        "sequential": (lambda: sequential(base, order, seed, folder / f"sequential-{seed}"), stack),
     }
 
 
@@ -112,6 +118,8 @@ def cells_of(erased: Sequence[str], *, count: int, salt: int) -> Iterator[tuple[
     """About `count` pictures each of erased concepts and of kept ones, cells and seeds drawn by the salt."""
     rng = random.Random(salt)
     objects, styles = [o for o in OBJECTS if o not in erased], [s for s in STYLES if s not in erased]
+    pairs = [(o, s) for o in objects for s in styles]
+    rng.shuffle(pairs)
 
     def cell(obj: str, style: str) -> Cell:
         return Cell(obj, style, FIRST_SEED + 200_000 + rng.randrange(10**6))
@@ -122,13 +130,14 @@ def cells_of(erased: Sequence[str], *, count: int, salt: int) -> Iterator[tuple[
             yield "erased", cell(concept, rng.choice(styles))
         else:
             yield "erased", cell(rng.choice(objects), concept)
-        yield "kept", cell(objects[i % len(objects)], styles[i // len(objects) % len(styles)])
+        yield "kept", cell(*pairs[i % len(pairs)])
 
 
-def judge(quick: Base, erased: Sequence[str], patch: Patch | None, *, count: int, salt: int) -> dict[str, list[bool]]:
+def judge(
+    quick: Base, evaluator: Evaluator, erased: Sequence[str], rows: Sequence[tuple[str, Cell]], patches: Sequence[Patch]
+) -> dict[str, list[bool]]:
     """Hits: erased concepts still there, kept objects and kept styles still there."""
-    rows = list(cells_of(erased, count=count, salt=salt))
-    seen = load_evaluator("measure").judge(draw(quick, [c for _, c in rows], [patch] if patch else []))
+    seen = evaluator.judge(draw(quick, [c for _, c in rows], patches))
     hits: dict[str, list[bool]] = {"erased": [], "objects": [], "styles": []}
     for (group, c), obj, style in zip(rows, seen.objects, seen.styles, strict=True):
         if group == "erased":
@@ -148,18 +157,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=400, help="of each figure, over all orders and seeds")
     args = parser.parse_args()
-    base, quick = load_base("emoji"), load_base("emoji", dtype="bf16")
+    base, quick, evaluator = load_base("emoji"), load_base("emoji", dtype="bf16"), load_evaluator("measure")
     jobs = [(k, o, s) for k in args.k for o in range(args.orders) for s in range(args.seeds)]
     count = -(-args.pictures // (args.orders * args.seeds))
     found: dict[str, dict[int, dict[str, list[bool]]]] = {}
     for k, o, s in track(jobs, description="stacking"):
         order = random.Random(o).sample(POOL, k=len(POOL))[:k]
-        ways: dict[str, Callable[[], Patch | None]] = {"base": lambda: None}
-        ways |= {n: w for n, w in compositions(base, order, s, args.out).items() if args.only in n}
-        for way, make in ways.items():
-            path = args.out / "hits" / f"{way} {k} {o} {s} {count}.json".replace(" ", "-")
+        rows = list(cells_of(order, count=count, salt=1000 * o + s))
+        ways = {n: w for n, w in ways_of(base, order, s, args.out / "patches").items() if args.only in n}
+        for way, (trained, together) in {"base": (list, stack), **ways}.items():
+            patches = trained()
+            made_of = repr((quick.fingerprint, evaluator.digest, [p.digest for p in patches], order, rows))
+            digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+            path = args.out / "hits" / f"{way} {k} {o} {s} {digest}.json".replace(" ", "-")
             if not path.exists():
-                hits = judge(quick, order, make(), count=count, salt=1000 * o + s)
+                hits = judge(quick, evaluator, order, rows, [together(patches)] if patches else [])
                 write_file(path, json.dumps(hits).encode())
             for group, values in json.loads(path.read_text()).items():
                 found.setdefault(way, {}).setdefault(k, {}).setdefault(group, []).extend(values)
@@ -172,8 +184,7 @@ def table(found: Mapping[str, Mapping[int, Mapping[str, list[bool]]]]) -> None:
     print("| way | k | erased concepts left | kept objects | kept styles |\n|---|---|---|---|---|")
     for way, by_k in found.items():
         for k, groups in by_k.items():
-            rates = [rate(groups[g]) for g in ("erased", "objects", "styles")]
-            shown = [f"{100 * r.value:.1f} [{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in rates]
+            shown = [rate(groups[g]).interval() for g in ("erased", "objects", "styles")]
             print(f"| {way} | {k} | {' | '.join(shown)} |")
 
 

@@ -2,21 +2,24 @@
 
     python examples/variants.py --out runs/variants [--concept cat] [--only rank]
 
-Each row is one field of the recipe changed from the defaults. Finished rows are kept, so that the script can go on.
+Each row is one field of the recipe changed from the defaults. Finished rows are kept, so that the script can go on; they are
+named by what they were made of, so that none is taken for another's.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
 from esd_lora.bases import load_base
 from esd_lora.emoji.evaluators import Judgement, load_evaluator
-from esd_lora.evaluate import Cell, answer_set, draw, score
+from esd_lora.evaluate import Cell, Rate, answer_set, draw, score
 from esd_lora.patch import Patch, write_file
 from esd_lora.recipe import Recipe
 from esd_lora.training import train
@@ -34,7 +37,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "eta: 0": {"eta": 0.0},
     "eta: 1": {"eta": 1.0},
     "preserve_weight: 0": {"preserve_weight": 0.0},
-    "objective: authors, eta: 3": {"objective": "authors", "eta": 3.0},
     "keys: closed-form": {"keys": "closed-form"},
 }
 
@@ -57,11 +59,13 @@ def main() -> None:
 
     print("| variant | UA | IRA | CRA | worst three | time | forward passes |\n|---|---|---|---|---|---|---|")
     for name, fields in VARIANTS.items():
-        path = args.out / f"{args.concept} {name}.json".replace(" ", "-").replace(":", "")
         if args.only not in name:
             continue
+        recipe = Recipe.model_validate({"base": "emoji", "concepts": args.concept, **fields})
+        made_of = recipe.to_yaml() + base.fingerprint + evaluator.digest
+        digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+        path = args.out / f"{args.concept} {name} {digest}.json".replace(" ", "-").replace(":", "")
         if not path.exists():
-            recipe = Recipe.model_validate({"base": "emoji", "concepts": args.concept, **fields})
             started = time.monotonic()
             patch = train(recipe, base)
             seconds = time.monotonic() - started
@@ -73,11 +77,10 @@ def main() -> None:
         print(table_row(name, json.loads(path.read_text())), flush=True)
 
 
-def table_row(name: str, row: dict[str, object]) -> str:
+def table_row(name: str, row: dict[str, Any]) -> str:
     """A line of the Markdown table."""
     scores = row["scores"]
-    rates = [scores[k] for k in ("ua", "ira", "cra")]
-    shown = [f"{100 * r['value']:.1f} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" for r in rates]
+    shown = [Rate(**scores[k]).interval() for k in ("ua", "ira", "cra")]
     worst = ", ".join(f"{n} {100 * r['value']:.0f}" for n, r in scores["worst"].items())
     return f"| {name} | {' | '.join(shown)} | {worst} | {row['seconds']:.1f} s | {row['forward_passes']:,} |"
 

@@ -6,15 +6,19 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import same, wake, weights_of
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import errors as hub_errors
 from tiny import save_tiny, tiny_pipeline
 from torch import Tensor
 
-from esd_lora.bases import Base, load_base, pick_device
+from esd_lora.bases import Base, load_base, local_file, pick_device
 from esd_lora.bases.base import Condition, fingerprint_of
+from esd_lora.bases.facts import facts_of
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.errors import BaseModelError, PatchError, RecipeError
 from esd_lora.pictures import generate
@@ -249,12 +253,15 @@ def test_a_pipeline_of_another_kind_is_refused(index: object, message: str, tmp_
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("model_index.json", b"{", "model_index.json is not JSON"),
+        ("model_index.json", b"{", "cannot read model_index.json: not JSON: "),
+        ("model_index.json", b"[]", "cannot read model_index.json: not a JSON object"),
         ("unet/config.json", b"{", "cannot load the pipeline: "),
         ("unet/config.json", None, "cannot load the pipeline: "),
         ("unet/diffusion_pytorch_model.safetensors", b"cut off", "cannot load the pipeline: "),
         ("unet/diffusion_pytorch_model.safetensors", None, "cannot load the pipeline: "),
+        ("text_encoder/model.safetensors", b"cut off", "cannot load the pipeline: "),
         ("text_encoder/model.safetensors", None, "cannot load the pipeline: "),
+        ("text_encoder/config.json", b"{}", "cannot load the pipeline: "),
     ],
 )
 def test_a_broken_pipeline_is_named_in_one_line(copied: Path, file: str, content: bytes | None, message: str) -> None:
@@ -266,6 +273,83 @@ def test_a_broken_pipeline_is_named_in_one_line(copied: Path, file: str, content
         load_base(str(copied), device="cpu")
     assert str(caught.value).startswith(f"{copied}: {message}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "message"),
+    [
+        (
+            "scheduler",
+            ["diffusers", "NoSuchScheduler"],
+            "its scheduler is a NoSuchScheduler, which diffusers does not have",
+        ),
+        ("scheduler", None, "model_index.json does not say what its scheduler is"),
+        ("text_encoder", ["transformers", "NoSuch"], "its text_encoder is a NoSuch, which transformers does not have"),
+    ],
+)
+def test_the_classes_of_a_pipelines_parts_are_those_of_its_index(
+    copied: Path, part: str, entry: object, message: str
+) -> None:
+    config = copied / "scheduler" / "scheduler_config.json"
+    config.write_text("{}")  # diffusers does without a class here, too
+    assert facts_of(str(copied)).denoising_steps(7) == 7
+    config.write_text('{"_class_name": "NoSuchScheduler"}')
+    assert facts_of(str(copied)).scheduler["_class_name"] == "DDIMScheduler"
+    index = copied / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {part: entry}))
+    with pytest.raises(BaseModelError) as caught:
+        facts_of(str(copied))
+    assert str(caught.value) == f"{copied}: {message}"
+
+
+def test_a_config_that_is_no_object_is_named(copied: Path) -> None:
+    (copied / "unet" / "config.json").write_text("[]")
+    with pytest.raises(BaseModelError, match=r": cannot read unet/config\.json: not a JSON object$"):
+        facts_of(str(copied))
+
+
+def test_a_folder_has_no_revision_and_the_hubs_cache_has(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "snapshots" / "sd15"))
+    assert load_base(str(folder), device="cpu").revision is None
+    commit = Path(shutil.copytree(tiny_folder, tmp_path / "models--someone--tiny" / "snapshots" / "c0ffee"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, *, revision: str(commit / file))
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *_, **how: tiny_pipeline())
+    assert load_base("someone/tiny", revision="main", device="cpu").revision == "c0ffee"
+
+
+# ---- files beside the pipeline -----------------------------------------------------------------------------------
+
+
+def test_a_file_of_a_folder_is_there_or_not(base: Base) -> None:
+    assert local_file(base, "esd_lora.json") is None
+    assert local_file(base, "model_index.json") == Path(base.name) / "model_index.json"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_file_of_a_hub_id_is_missing_where_the_hub_or_else_its_cache_says_so(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    base.name, base.revision = "someone/tiny", "c0ffee"
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    if cached:
+        (snapshot / "model_index.json").write_text("{}")
+    remote = hub_errors.RemoteEntryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+    offline = hub_errors.LocalEntryNotFoundError("offline")
+    for error, known in ((remote, True), (offline, cached), (ConnectionError("no route"), False)):
+
+        def download(name: str, file: str, *, revision: str, error: Exception = error) -> str:
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+        if known:
+            assert local_file(base, "esd_lora.json") is None
+        else:
+            with pytest.raises(BaseModelError, match=r"^someone/tiny: no such folder"):
+                local_file(base, "esd_lora.json")
 
 
 def test_the_device_is_the_first_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

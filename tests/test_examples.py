@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import RecipeOf, same, weights_of
+
+from esd_lora.bases import Base
+from esd_lora.compose import attach, stack
+from esd_lora.patch import Patch
+from esd_lora.training import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -32,3 +46,111 @@ def test_a_patch_is_trained_and_then_used_by_plain_diffusers(tmp_path: Path) -> 
 def test_patches_are_scaled_and_combined(tmp_path: Path) -> None:
     run("03_scale_and_combine.py", tmp_path)
     assert (tmp_path / "grid.png").exists()
+
+
+# ---- what the longer scripts keep on disk ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """The module of a script, by name, as the scripts import each other."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(EXAMPLES / "emoji")
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("count", [7, 45])
+def test_kept_pictures_are_spread_over_all_cells_that_stay(script: Callable[[str], Any], count: int) -> None:
+    erased = ["cat", "neon"]
+    rows = list(script("stacking").cells_of(erased, count=count, salt=3))
+    kept = [(c.obj, c.style) for group, c in rows if group == "kept"]
+    assert len(kept) == len(set(kept)) == count
+    assert not {name for cell in kept for name in cell} & set(erased)
+    assert len({style for _, style in kept}) > 2  # the first styles are not all
+    assert rows == list(script("stacking").cells_of(erased, count=count, salt=3))
+    assert rows != list(script("stacking").cells_of(erased, count=count, salt=4))
+
+
+def test_sequential_patches_are_kept_by_what_was_erased_before(
+    script: Callable[[str], Any], base: Base, recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacking = script("stacking")
+    trained_on: dict[str, str] = {}
+
+    def patch_of(base: Base, concepts: list[str], kind: str, seed: int, folder: Path) -> Patch:
+        recipe = recipe_of(concepts=concepts, seed=seed, lr=0.05, max_grad_norm=1e3)
+        patch = train(recipe, base, out=folder, resume=True)
+        assert trained_on.setdefault(folder.name, base.fingerprint) == base.fingerprint
+        assert patch.info["base"]["fingerprint"] == base.fingerprint
+        return patch
+
+    monkeypatch.setattr(stacking, "patch_of", patch_of)
+    before = weights_of(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        orders = (["fox", "owl"], ["fox", "owl"], ["owl", "fox"])
+        first, again, other = (stack(stacking.sequential(base, o, 0, tmp_path)) for o in orders)
+        attach(base, [first])
+        base.remove_adapters()
+    assert first.digest == again.digest != other.digest
+    assert set(trained_on) == {"fox", "fox-owl", "owl", "owl-fox"}
+    assert trained_on["fox"] == trained_on["owl"] == base.fingerprint
+    assert len(set(trained_on.values())) == 3
+    assert same(weights_of(base), before)
+
+
+def test_pictures_are_drawn_anew_where_the_art_or_the_count_has_changed(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("resvg_py")
+    render = script("render")
+    drawn: list[tuple[int, bool, bool]] = []
+
+    def draw(path: Path, *, count: int, test: bool, typical: bool) -> tuple[np.ndarray, np.ndarray]:
+        drawn.append((count, test, typical))
+        return np.zeros((count, 64, 64, 3), np.uint8), np.zeros((count, 4), np.uint8)
+
+    def run_with(count: int) -> list[tuple[int, bool, bool]]:
+        drawn.clear()
+        monkeypatch.setattr(
+            "sys.argv", ["render.py", "--work", str(tmp_path), "--count", str(count), "--test-count", "1"]
+        )
+        render.main()
+        return drawn
+
+    monkeypatch.setattr(render, "draw", draw)
+    (tmp_path / "art.npz").write_bytes(b"first")
+    assert run_with(2) == [(2, False, True), (2, False, False), (1, True, False)]
+    assert run_with(2) == []
+    assert run_with(3) == [(3, False, True), (3, False, False)]
+    assert len(render.load(tmp_path / "typical.npz")[0]) == 3
+    (tmp_path / "art.npz").write_bytes(b"second")
+    assert len(run_with(3)) == 3
+    np.savez(tmp_path / "test.npz", pictures=np.zeros(1), labels=np.zeros(1))  # as before files told what made them
+    assert run_with(3) == [(1, True, False)]
+    assert {p.name for p in tmp_path.iterdir()} == {"art.npz", "typical.npz", "pictures.npz", "test.npz"}
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"without": ["cat"]}, "a gold model, which lacks some concepts; gold.py measures it"),
+        ({"without": "cat"}, "a gold model, which lacks some concepts; gold.py measures it"),
+        (None, "no finished run of train_unet.py"),
+    ],
+)
+def test_only_a_finished_run_of_a_whole_base_becomes_the_base(
+    script: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    told: object,
+    message: str,
+) -> None:
+    if told:
+        (tmp_path / "training.json").write_text(json.dumps(told))
+    monkeypatch.setattr("sys.argv", ["card.py", "--run", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        script("card").main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"{tmp_path}: {message}\n"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
+from safetensors import SafetensorError
 
 from esd_lora.bases.base import Base, Condition, fingerprint_of
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
@@ -39,10 +40,10 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     where = pick_device(device)
     source = str(EMOJI) if name == "emoji" else name
     path = index_path(name, source, revision)
-    if path.parent.parent.name == "snapshots":  # of the Hub's cache: what a branch or tag means today
-        revision = path.parent.name
-    index = read_index(name, path)
-    kind = index.get("_class_name")
+    if not Path(source).is_dir() and path.parent.parent.name == "snapshots":
+        revision = path.parent.name  # in the Hub's cache: what a branch or tag means today
+    index = read_json(name, "model_index.json", path)
+    kind = str(index.get("_class_name") or "")
     if kind not in FAMILIES:
         raise BaseModelError(
             f"{name}: {kind or 'no pipeline class'} is not supported; supported: {', '.join(FAMILIES)}"
@@ -54,7 +55,7 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     first = torch.float32 if dtype == "bf16" else DTYPES[dtype]
     try:
         pipe = getattr(diffusers, kind).from_pretrained(source, revision=revision, dtype=first, **extra)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"{name}: cannot load the pipeline: {first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     fingerprint = fingerprint_of(getattr(pipe, FAMILIES[kind].prefix))
@@ -86,9 +87,9 @@ def model_index(name: str, source: str, revision: str | None) -> dict[str, Any]:
     """What the pipeline's `model_index.json` says, from a folder or the Hub.
 
     Raises:
-        BaseModelError: There is none, or it is not JSON.
+        BaseModelError: There is none, or it is not a JSON object.
     """
-    return read_index(name, index_path(name, source, revision))
+    return read_json(name, "model_index.json", index_path(name, source, revision))
 
 
 def index_path(name: str, source: str, revision: str | None) -> Path:
@@ -109,26 +110,36 @@ def index_path(name: str, source: str, revision: str | None) -> Path:
     return path
 
 
-def read_index(name: str, path: Path) -> dict[str, Any]:
-    """What a `model_index.json` says.
+def read_json(name: str, file: str, path: Path) -> dict[str, Any]:
+    """What a JSON file of a base says; `path` is where it is.
 
     Raises:
-        BaseModelError: It is not JSON.
+        BaseModelError: It cannot be read, or is not a JSON object.
     """
     try:
-        index: dict[str, Any] = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BaseModelError(f"{name}: cannot read {file}: {error.strerror or first_line(error)}") from error
     except ValueError as error:
-        raise BaseModelError(f"{name}: model_index.json is not JSON: {first_line(error)}") from error
-    return index
+        raise BaseModelError(f"{name}: cannot read {file}: not JSON: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise BaseModelError(f"{name}: cannot read {file}: not a JSON object")
+    return values
 
 
-def from_hub(name: str, file: str, revision: str | None) -> Path:
-    """The downloaded copy of one file of a Hub id.
+@overload
+def from_hub(name: str, file: str, revision: str | None) -> Path: ...
+@overload
+def from_hub(name: str, file: str, revision: str | None, *, optional: bool) -> Path | None: ...
+def from_hub(name: str, file: str, revision: str | None, *, optional: bool = False) -> Path | None:
+    """The downloaded copy of one file of a Hub id; None where it has no such file and that is `optional`.
+
+    While the Hub cannot be asked, an optional file counts as missing if it is not in the cache and the base is.
 
     Raises:
         BaseModelError: It cannot be had; what to do about it.
     """
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
     wrong = f"{name}: neither `emoji`, nor a folder, nor a Hub id"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -143,7 +154,10 @@ def from_hub(name: str, file: str, revision: str | None) -> Path:
         raise BaseModelError(f"{name}: the Hub has no revision {revision} of it") from None
     except errors.RepositoryNotFoundError:
         raise BaseModelError(f"{name}: no such folder, and no such model on the Hub (or it is private)") from None
-    except errors.EntryNotFoundError:
+    except errors.EntryNotFoundError as error:
+        cached = isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision), str)
+        if optional and (cached or isinstance(error, errors.RemoteEntryNotFoundError)):
+            return None
         raise BaseModelError(
             f"{name}: no such folder; {file} is not on the Hub, or not in the cache while offline"
         ) from None
@@ -155,19 +169,12 @@ def local_file(base: Base, file: str) -> Path | None:
     """The path of a file of the base's repository or folder, or None where it has no such file.
 
     Raises:
-        BaseModelError: The Hub cannot say.
+        BaseModelError: The Hub cannot say, and the base is not in its cache.
     """
     folder = EMOJI if base.name == "emoji" else Path(base.name)
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    try:
-        return from_hub(base.name, file, base.revision)
-    except BaseModelError as error:
-        if isinstance(error.__context__, RemoteEntryNotFoundError):
-            return None
-        raise
+    return from_hub(base.name, file, base.revision, optional=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -103,6 +103,10 @@ class Base(ABC):
         """
 
     @abstractmethod
+    def token_ids(self, prompts: Sequence[str], *, length: int) -> Tensor:
+        """The tokens whose states `text_states` gives, padded, (len(prompts), L) on the CPU."""
+
+    @abstractmethod
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The denoiser's output at scaled inputs x (B, C, H, W) and timesteps t (B,), same shape as x."""
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -14,7 +15,7 @@ import transformers
 from diffusers import AutoencoderKL
 from torch import nn
 
-from esd_lora.bases import EMOJI, first_line, from_hub, model_index
+from esd_lora.bases import EMOJI, first_line, from_hub, model_index, read_json
 from esd_lora.errors import BaseModelError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -68,9 +69,10 @@ def facts_of(name: str, revision: str | None = None) -> Facts:
         return _read(name, source, revision, file)
 
     unet, vae = config("unet/config.json"), config("vae/config.json")
-    scheduler = config("scheduler/scheduler_config.json")
+    kind = _class_of(name, index, "scheduler", diffusers)  # its config may name another, or none
+    scheduler = config("scheduler/scheduler_config.json") | {"_class_name": kind.__name__}
     xl = unet.get("addition_embed_type") == "text_time"
-    encoders = {k: v[1] for k, v in index.items() if k.startswith("text_encoder") and v[1]}
+    encoders = [k for k, v in index.items() if k.startswith("text_encoder") and v != [None, None]]
     return Facts(
         family="stable-diffusion-xl" if xl else "stable-diffusion",
         unet=unet,
@@ -78,7 +80,8 @@ def facts_of(name: str, revision: str | None = None) -> Facts:
         scheduler=scheduler,
         vae_scale_factor=2 ** (len(vae.get("block_out_channels", ())) - 1),
         text_encoder_parameters=sum(
-            _text_encoder_size(name, kind, config(f"{part}/config.json")) for part, kind in encoders.items()
+            _text_encoder_size(name, _class_of(name, index, k, transformers), config(f"{k}/config.json"))
+            for k in encoders
         ),
         vae_parameters=size_of(on_meta(AutoencoderKL.from_config, vae, name).parameters()),
     )
@@ -103,19 +106,26 @@ def size_of(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _text_encoder_size(name: str, kind: str, config: Mapping[str, Any]) -> int:
+def _class_of(name: str, index: Mapping[str, Any], part: str, library: ModuleType) -> Any:
+    """The class of a part of a pipeline, which `model_index.json` names.
+
+    Raises:
+        BaseModelError: It names none, or the library has no such class.
+    """
+    match index.get(part):
+        case [_, str(kind)] if hasattr(library, kind):
+            return getattr(library, kind)
+        case [_, str(kind)]:
+            raise BaseModelError(f"{name}: its {part} is a {kind}, which {library.__name__} does not have")
+    raise BaseModelError(f"{name}: model_index.json does not say what its {part} is")
+
+
+def _text_encoder_size(name: str, build: Any, config: Mapping[str, Any]) -> int:
     """Parameters of a text encoder of a class of transformers."""
-    build = getattr(transformers, kind)
-    return size_of(on_meta(build, build.config_class.from_dict(config), name).parameters())
+    return size_of(on_meta(lambda c: build(build.config_class.from_dict(c)), config, name).parameters())
 
 
 def _read(name: str, source: str, revision: str | None, file: str) -> dict[str, Any]:
     """A config file of a base, from its folder or the Hub."""
     folder = Path(source)
-    try:
-        path = folder / file if folder.is_dir() else from_hub(name, file, revision)
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise BaseModelError(f"{name}: cannot read {file}: {reason}") from error
-    return values
+    return read_json(name, file, folder / file if folder.is_dir() else from_hub(name, file, revision))

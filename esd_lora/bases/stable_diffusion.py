@@ -47,11 +47,16 @@ class StableDiffusionBase(Base):
     @torch.no_grad()
     def text_states(self, prompts: Sequence[str], *, length: int) -> Tensor:
         """The text encoder's last hidden states (len(prompts), L, D), float32 on the CPU."""
-        encoder, tokenizer = self.pipe.text_encoder.to(self.device), self.pipe.tokenizer
-        length = min(length, tokenizer.model_max_length)
-        how = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        states: Tensor = encoder(tokenizer(list(prompts), **how).input_ids.to(self.device)).last_hidden_state
+        ids = self.token_ids(prompts, length=length).to(self.device)
+        states: Tensor = self.pipe.text_encoder.to(self.device)(ids).last_hidden_state
         return states.float().cpu()
+
+    def token_ids(self, prompts: Sequence[str], *, length: int) -> Tensor:
+        """The tokens, (len(prompts), L) on the CPU."""
+        tokenizer = self.pipe.tokenizer
+        how = {"padding": "max_length", "max_length": min(length, tokenizer.model_max_length), "truncation": True}
+        ids: Tensor = tokenizer(list(prompts), return_tensors="pt", **how).input_ids
+        return ids
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The UNet's output, (B, C, H, W)."""

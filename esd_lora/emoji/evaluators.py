@@ -1,7 +1,8 @@
 """The two evaluators of the embedded base: small classifiers that say what is in a picture.
 
-`filter` chooses (which seeds count, which checkpoint is kept), `measure` reports. They share nothing but the question:
-other architectures, other pictures and other augmentations, so that what one is fooled by need not fool the other.
+`measure` reports; `filter` is kept apart for choosing (post-filters, attacks), so that nothing is chosen by what it is
+measured with. They share nothing but the question: other architectures, other pictures and other augmentations, so that
+what one is fooled by need not fool the other.
 
     measure   3 × 3 convolutions with residuals, overlapping stem                     He et al. 2015, arXiv:1512.03385
     filter    depthwise 3 × 3 and pointwise layers, convolutional stem     Liu et al. 2022, arXiv:2201.03545; Xiao et al.

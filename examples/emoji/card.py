@@ -3,7 +3,8 @@
     python examples/emoji/card.py --run build/emoji/base          [--check: measure the shipped base, write nothing]
 
 The gate: over the whole object × style grid with fixed seeds the evaluator finds the right object in at least 90 % and the
-right style in at least 95 % of the pictures. A pipeline that fails it stays out of the package, and the script exits with 1.
+right style in at least 95 % of the pictures. A pipeline that fails it stays out of the package, and the script exits with 1;
+so does a gold model, which would pass it with 19 of the 20 objects, and the script exits with 2.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -44,7 +46,7 @@ measure concept erasure on two CPU cores. Stock classes: `StableDiffusionPipelin
 
 ![Every object in every style]({grid})
 
-*Columns: {names}. Rows: {looks}. Seed {seed}, not selected.*
+*Columns: {names}. Rows: {looks}. The first seed of every cell, not selected.*
 
 | measured over | right | 95 % interval | n |
 |---|---|---|---|
@@ -81,12 +83,24 @@ They were trained on pictures rendered from these sets, changed in pose, colour 
 """
 
 
+def training_of(parser: argparse.ArgumentParser, run: Path) -> dict[str, Any]:
+    """What `train_unet.py` told of a run; exits with 2 where it is not finished, or not one of a base."""
+    path = run / "training.json"
+    if not path.exists():
+        parser.exit(2, f"{run}: no finished run of train_unet.py\n")
+    told: dict[str, Any] = json.loads(path.read_text())
+    if told.get("without"):
+        parser.exit(2, f"{run}: a gold model, which lacks some concepts; gold.py measures it\n")
+    return told
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("build/emoji/base"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
+    told = {} if args.check else training_of(parser, args.run)
     base = load_base("emoji" if args.check else str(args.run / "pipeline"), dtype="bf16")
     rates = gate(base, load_evaluator("measure"), seeds=args.seeds)
     for name, found in rates.items():
@@ -107,17 +121,15 @@ def main() -> None:
         f"| {n} | {100 * r.value:.1f} % | {100 * r.low:.1f} to {100 * r.high:.1f} | {r.n} |" for n, r in rates.items()
     ]
     size = sum(p.stat().st_size for p in EMOJI.rglob("*.safetensors")) / 1e6
-    told = json.loads((args.run / "training.json").read_text())
     card = CARD.format(
         training=f"{told['steps']:,} steps of {told['batch']} pictures"
-        + (", from the weights of the version before" if told["init"] else ""),
+        + (", from the weights of the version before" if told.get("init") else ""),
         objects=len(OBJECTS),
         styles=len(STYLES),
         size=size,
         grid="grid.png",
         names=", ".join(OBJECTS),
         looks=", ".join(STYLES),
-        seed=cells[0].seed,
         seeds=args.seeds,
         wearers=", ".join(WEARERS),
         accessory=ACCESSORY,

@@ -2,7 +2,8 @@
 
     python examples/emoji/render.py --work build/emoji            (about three minutes on two cores)
 
-`pictures.npz` has all glyphs, for the autoencoder and the evaluators; `typical.npz` those that the base shall draw.
+`pictures.npz` has all glyphs, for the autoencoder and the evaluators; `typical.npz` those that the base shall draw. Each tells
+what it was made of, and is drawn anew where the art or the count has changed; after a change of this script, remove them.
 
 Each picture depends on its index alone, so that any number of processes draws the same set.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import checkpoint
 import numpy as np
 from art import COLOUR_SETS, INK_SETS, SIZE, TYPICAL
 from PIL import Image, ImageChops, ImageFilter
@@ -242,18 +244,31 @@ def load(path: Path) -> tuple[np.ndarray, Labels]:
     return pictures, Labels(obj, style, hat.astype(bool), test.astype(bool))
 
 
+def made_of(path: Path) -> str:
+    """What the pictures of a file were made of; empty where there are none, or the file does not tell."""
+    if not path.exists():
+        return ""
+    with np.load(path) as store:
+        return str(store["made_of"]) if "made_of" in store else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/emoji"))
     parser.add_argument("--count", type=int, default=48_000)
     parser.add_argument("--test-count", type=int, default=2_400)
     args = parser.parse_args()
+    glyphs = args.work / "art.npz"
+    digest = checkpoint.digest(glyphs)
     for name, count in (("typical", args.count), ("pictures", args.count), ("test", args.test_count)):
-        if (args.work / f"{name}.npz").exists():
+        path, wanted = args.work / f"{name}.npz", f"{count} of {digest}"
+        if made_of(path) == wanted:
             continue
-        pictures, labels = draw(args.work / "art.npz", count=count, test=name == "test", typical=name == "typical")
-        np.savez(args.work / f"{name}.npz", pictures=pictures, labels=labels)
-        print(f"{count} pictures in {args.work / name}.npz")
+        pictures, labels = draw(glyphs, count=count, test=name == "test", typical=name == "typical")
+        part = path.with_suffix(".part.npz")
+        np.savez(part, pictures=pictures, labels=labels, made_of=wanted)
+        part.replace(path)
+        print(f"{count} pictures in {path}")
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def main() -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     path, first = out / "unet.ckpt", 0
-    told = {"batch": args.batch, "lr": args.lr, "ema": args.ema, "without": args.without, "init": str(args.init or "")}
+    told = {k: getattr(args, k) for k in ("steps", "batch", "lr", "ema", "without")} | {"init": str(args.init or "")}
     if state := checkpoint.load(path, resume=args.resume):
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -253,18 +253,21 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 states = {k: p.state_dict() for k, p in parts.items()}
                 checkpoint.save(path, {**states, "step": step + 1, "told": told})
-            if (step + 1) % 1000 == 0 or step + 1 == args.steps:
+            if (step + 1) % 1000 == 0 and step + 1 < args.steps:
                 ema.store(weights)
                 ema.copy_to(weights)
                 pipe = pipeline_of(unet.eval(), text_encoder.eval(), vae, tokenizer)
                 draw_grid(pipe, out / f"grid-{step + 1:05d}.png")
-                if step + 1 == args.steps:
-                    pipe.to(dtype=torch.float16)
-                    pipe.text_encoder.float()  # transformers keeps the dtype of the file, diffusers does not
-                    pipe.save_pretrained(out / "pipeline")
-                    (out / "training.json").write_text(json.dumps({"steps": args.steps, **told}) + "\n")
                 ema.restore(weights)
                 unet.train(), text_encoder.train()
+    # not in the loop, for a run that was killed after its last checkpoint does not enter it again
+    ema.copy_to(weights)
+    pipe = pipeline_of(unet.eval(), text_encoder.eval(), vae, tokenizer)
+    draw_grid(pipe, out / f"grid-{args.steps:05d}.png")
+    pipe.to(dtype=torch.float16)
+    pipe.text_encoder.float()  # transformers keeps the dtype of the file, diffusers does not
+    pipe.save_pretrained(out / "pipeline")
+    (out / "training.json").write_text(json.dumps(told) + "\n")
     for name, found in gate(load_base(str(out / "pipeline"), dtype="bf16"), load_evaluator("measure"), seeds=1).items():
         print(f"{name}: {found.short()}")
 
