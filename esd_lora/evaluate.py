@@ -57,10 +57,14 @@ class Rate:
         """The patched rate over the base's own."""
         return self.value / self.base if self.base else None
 
+    def interval(self) -> str:
+        """In per cent, such as `97.5 [94, 99]`."""
+        return f"{100 * self.value:.1f} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+
     def short(self) -> str:
         """Such as `97.5 [94, 99] /200, base 98.0`."""
         beside = "" if self.base is None else f", base {100 * self.base:.1f}"
-        return f"{100 * self.value:.1f} [{100 * self.low:.0f}, {100 * self.high:.0f}] /{self.n}{beside}"
+        return f"{self.interval()} /{self.n}{beside}"
 
 
 def rate(hits: Sequence[bool], base_hits: Sequence[bool] | None = None) -> Rate:
@@ -76,7 +80,8 @@ def rate(hits: Sequence[bool], base_hits: Sequence[bool] | None = None) -> Rate:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     base = sum(base_hits) / n if base_hits is not None else None
-    return Rate(p, n, max(0.0, centre - half), min(1.0, centre + half), base)
+    # the interval holds p, which rounding may leave outside where all or none are hits
+    return Rate(p, n, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), base)
 
 
 ENOUGH = 200
@@ -126,14 +131,13 @@ def draw(
     patches: Sequence[Patch] = (),
     weights: Sequence[float] | None = None,
     *,
-    guidance_scale: float = 7.5,
     on_batch: Callable[[int], None] | None = None,
 ) -> Pictures:
     """The pictures of the cells, with the patches active; the base is bare again afterwards."""
     attach(base, patches, weights)
     try:
         prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
-        return generate(base, prompts, seeds, guidance_scale=guidance_scale, batch_size=48, on_batch=on_batch)
+        return generate(base, prompts, seeds, batch_size=48, on_batch=on_batch)
     finally:
         base.remove_adapters()
 
@@ -246,14 +250,14 @@ class AttributeScores:
     """How well the accessory was erased from one wearer, and everything else kept.
 
     Of pictures that ask for both: `gone` counts those without the accessory, `carrier` those that show the wearer.
-    `elsewhere` counts the accessories of other wearers, which nobody erased; `ira` and `cra` the right objects and styles
-    where no accessory is asked for.
+    `elsewhere` counts the accessories of other wearers, which nobody erased, if there are any; `ira` and `cra` the right
+    objects and styles where no accessory is asked for.
     """
 
     wearer: str
     gone: Rate
     carrier: Rate
-    elsewhere: Rate
+    elsewhere: Rate | None
     ira: Rate
     cra: Rate
     evaluator: str
@@ -286,7 +290,7 @@ def score_attribute(
         wearer=wearer,
         gone=over(own, lambda seen, i: not seen.hats[i]),
         carrier=over(own, lambda seen, i: seen.objects[i] == wearer),
-        elsewhere=over(others, lambda seen, i: seen.hats[i]),
+        elsewhere=over(others, lambda seen, i: seen.hats[i]) if others else None,
         ira=over(plain, lambda seen, i: seen.objects[i] == cells[i].obj),
         cra=over(plain, lambda seen, i: seen.styles[i] == cells[i].style),
         evaluator=f"{evaluator.name} {evaluator.digest[:12]}",

@@ -6,15 +6,15 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from esd_lora.bases.base import Base
-from esd_lora.compose import attach
+from esd_lora.compose import attach, check_fits
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.emoji.vocabulary import ACCESSORY, NEIGHBOURS, OBJECTS, STYLES, WEARERS
 from esd_lora.errors import RecipeError
@@ -80,11 +80,13 @@ def draw_run(base: Base, recipe: Recipe, path: Path, *, patch: Patch | None = No
     if patch is None:
         rows = [("now", pictures())]
     else:
-        attach(base, [])
+        base.remove_adapters()
         rows = [("before", pictures())]
         attach(base, [patch])
-        rows.append(("after", pictures()))
-        attach(base, [])
+        try:
+            rows.append(("after", pictures()))
+        finally:
+            base.remove_adapters()
     footer = f"Seeds 0 to {len(seeds) - 1}, not selected; the first {len(erased)} are what was erased."
     save_picture(grid(rows, prompts, footer=footer, side=128), path)
 
@@ -107,18 +109,15 @@ def measure_patches(
         on_picture: Called with the number of pictures drawn and their total.
 
     Raises:
-        RecipeError: A patch erases nothing that the evaluators know.
+        PatchError: A patch does not fit the base.
+        RecipeError: A patch erases something that the evaluators do not know, or everything that they do.
     """
-    jobs = [
-        (folder, target, wearer, cells)
-        for folder, patch in patches.items()
-        for erased in [targets_of(patch)]
-        for target, wearer in erased
-        for others in [{name for name, _ in erased if name != target}]
-        for cells in [_cells(target, wearer, others, target_seeds=target_seeds, kept_seeds=kept_seeds)]
-    ]
-    needed = list(dict.fromkeys(c for *_, cells in jobs for c in cells))
-    total, done = len(needed) + sum(len(cells) for *_, cells in jobs), 0
+    jobs: dict[str, list[Job]] = {}
+    for folder, patch in patches.items():
+        check_fits(patch, base)
+        jobs[folder] = jobs_of(patch, target_seeds=target_seeds, kept_seeds=kept_seeds)
+    needed = list(dict.fromkeys(c for some in jobs.values() for job in some for c in job.cells))
+    total, done = len(needed) + sum(len(job.cells) for some in jobs.values() for job in some), 0
 
     def batch(count: int) -> None:
         nonlocal done
@@ -128,21 +127,53 @@ def measure_patches(
 
     bare = dict(zip(needed, draw(base, needed, on_batch=batch), strict=True))
     evaluator = load_evaluator("measure")
-    scores: dict[str, list[Scores | AttributeScores]] = {folder: [] for folder in patches}
-    for folder, target, wearer, cells in jobs:
-        before, after = [bare[c] for c in cells], draw(base, cells, [patches[folder]], on_batch=batch)
-        judged, own = evaluator.judge(after), evaluator.judge(before)
-        if wearer:
-            scores[folder].append(score_attribute(wearer, cells, judged, own, evaluator))
-        else:
-            scores[folder].append(score(target, cells, judged, own, evaluator))
-        name = "grid.png" if len(scores[folder]) == 1 else f"grid-{len(scores[folder])}.png"
-        save_picture(score_grid(target, cells, before, after), Path(folder) / name)
+    scores: dict[str, list[Scores | AttributeScores]] = {}
     for folder, patch in patches.items():
+        grids, scores[folder] = [], []
+        for target, wearer, cells in jobs[folder]:
+            before, after = [bare[c] for c in cells], draw(base, cells, [patch], on_batch=batch)
+            seen = evaluator.judge(after), evaluator.judge(before)
+            how = partial(score_attribute, wearer) if wearer else partial(score, target)
+            scores[folder].append(how(cells, *seen, evaluator))
+            grids.append(score_grid(target, cells, before, after))
         found = [s.to_dict() for s in scores[folder]]
         replace(patch, info={**patch.info, "scores": found}).save(folder)
         write_file(Path(folder) / "scores.json", json.dumps(found, indent=2).encode())
+        for i, picture in enumerate(grids, 1):
+            save_picture(picture, Path(folder) / ("grid.png" if i == 1 else f"grid-{i}.png"))
     return scores
+
+
+class Job(NamedTuple):
+    """One concept to measure: its canonical name, the wearer where it is the accessory of one, and the answer set."""
+
+    target: str
+    wearer: str | None
+    cells: list[Cell]
+
+
+def jobs_of(patch: Patch, *, target_seeds: int | None, kept_seeds: int) -> list[Job]:
+    """What to measure of a patch: for each of its concepts the answer set, without what else the patch erases.
+
+    Raises:
+        RecipeError: The evaluators do not know a concept, or nothing is left to measure it by.
+    """
+    erased = targets_of(patch)
+    hatless = {wearer for _, wearer in erased}
+    jobs = []
+    for target, wearer in erased:
+        others = {name for name, _ in erased if name != target}
+        if wearer:
+            worn = [c for w in WEARERS if w not in hatless for c in accessory_set(w, seeds=kept_seeds)]
+            cells = [*accessory_set(wearer, seeds=target_seeds), *worn, *whole_grid(seeds=kept_seeds)]
+        else:
+            cells = answer_set(target, target_seeds=target_seeds, kept_seeds=kept_seeds)
+        cells = [c for c in cells if not others & {c.obj, c.style}]
+        asked = [c.hat and c.obj == wearer if wearer else target in (c.obj, c.style) for c in cells]
+        if not any(asked) or all(asked):
+            raise RecipeError(f"{target}: the patch erases all that it would be measured by")
+        jobs.append(Job(target, wearer, cells))
+    return jobs
 
 
 def targets_of(patch: Patch) -> list[tuple[str, str | None]]:
@@ -155,7 +186,7 @@ def targets_of(patch: Patch) -> list[tuple[str, str | None]]:
     found: list[tuple[str, str | None]] = []
     for concept in patch.concepts:
         name = canonical.get(concept["erase"].removesuffix(" style"))
-        wearer = next((o for o in OBJECTS if o in (concept["from"] or "").split()), None)
+        wearer = next((w for w in WEARERS if w in (concept["from"] or "").split()), None)
         if name:
             found.append((name, None))
         elif concept["erase"] == ACCESSORY and wearer:
@@ -165,18 +196,6 @@ def targets_of(patch: Patch) -> list[tuple[str, str | None]]:
     if not found:
         raise RecipeError("the patch does not say what it erases")
     return list(dict.fromkeys(found))
-
-
-def _cells(
-    target: str, wearer: str | None, others: AbstractSet[str], *, target_seeds: int | None, kept_seeds: int
-) -> list[Cell]:
-    """The answer set of a target, without what else the same patch erases: that is neither it nor to be kept."""
-    if wearer:
-        worn = [c for w in WEARERS if w != wearer for c in accessory_set(w, seeds=kept_seeds)]
-        cells = [*accessory_set(wearer, seeds=target_seeds), *worn, *whole_grid(seeds=kept_seeds)]
-    else:
-        cells = answer_set(target, target_seeds=target_seeds, kept_seeds=kept_seeds)
-    return [c for c in cells if not others & {c.obj, c.style}]
 
 
 def score_grid(target: str, cells: Sequence[Cell], before: Pictures, after: Pictures) -> Any:
@@ -211,7 +230,7 @@ def score_table(scores: Mapping[str, Sequence[Scores | AttributeScores]]) -> Tab
         for s in found:
             if isinstance(s, AttributeScores):
                 rates = [r.short() for r in (s.gone, s.ira, s.cra, s.carrier)]
-                table.add_row(folder, ACCESSORY, *rates, "", f"elsewhere {s.elsewhere.short()}")
+                table.add_row(folder, ACCESSORY, *rates, "", f"elsewhere {s.elsewhere.short()}" if s.elsewhere else "")
             else:
                 worst = ", ".join(f"{n} {100 * r.value:.0f}" for n, r in s.worst.items())
                 rates = [r.short() for r in (s.ua, s.ira, s.cra, s.at_target)]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from esd_lora.emoji.evaluators import Judgement
-from esd_lora.emoji.vocabulary import OBJECTS, STYLES
+from esd_lora.emoji.vocabulary import OBJECTS, STYLES, WEARERS
 from esd_lora.errors import RecipeError
-from esd_lora.evaluate import Cell, accessory_set, answer_set, score, score_attribute, whole_grid
+from esd_lora.evaluate import accessory_set, answer_set, rate, score, score_attribute, whole_grid
 from esd_lora.patch import Patch
-from esd_lora.report import measure_patches, targets_of
+from esd_lora.report import jobs_of, targets_of
 
 EVALUATOR: Any = SimpleNamespace(name="hand", digest="0" * 64)
 
@@ -72,6 +72,7 @@ def test_an_attribute_is_gone_and_its_carrier_stays() -> None:
     found = score_attribute("cat", cells, seen(objects, [c.style for c in cells], hats), asked, EVALUATOR)
     assert (found.gone.value, found.gone.n, found.gone.base) == (11 / 12, 12, 0)
     assert (found.carrier.value, found.carrier.base) == (9 / 12, 1)
+    assert found.elsewhere is not None
     assert (found.elsewhere.value, found.elsewhere.n) == (2 / 6, 6)
     assert (found.ira.value, found.ira.n, found.cra.value) == (19 / 20, 120, 1)
 
@@ -94,22 +95,37 @@ def test_a_patch_that_the_evaluators_do_not_know_is_refused() -> None:
         targets_of(patch_of())
 
 
-def test_what_a_patch_erases_as_well_is_not_asked_to_be_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_what_a_patch_erases_as_well_is_not_asked_to_be_kept() -> None:
     """Three concepts in one patch: the bus and the ink style are no part of the score of the cat."""
-    from esd_lora import report
-
-    drawn: list[Cell] = []
-    monkeypatch.setattr(
-        report, "draw", lambda base, cells, patches=(), on_batch=None: drawn.extend(cells) or list(cells)
-    )
-    judge = lambda cells: seen([c.obj for c in cells], [c.style for c in cells])  # noqa: E731
-    monkeypatch.setattr(report, "load_evaluator", lambda _: SimpleNamespace(judge=judge, name="hand", digest="0" * 64))
-    monkeypatch.setattr(report, "score_grid", lambda *_: None)
-    monkeypatch.setattr(report, "save_picture", lambda *_: None)
-    monkeypatch.setattr(Patch, "save", lambda *_: None)
     patch = patch_of({"erase": "cat"}, {"erase": "bus"}, {"erase": "ink style"})
-    cat, bus, ink = measure_patches(None, {str(tmp_path): patch}, target_seeds=2, kept_seeds=1)[str(tmp_path)]
-    assert cat.ua.n == bus.ua.n == 2 * (len(STYLES) - 1)
-    assert cat.ira.n == (len(OBJECTS) - 2) * (len(STYLES) - 1)
-    assert ink.ua.n == 2 * (len(OBJECTS) - 2)
-    assert drawn
+    cat, bus, ink = jobs_of(patch, target_seeds=2, kept_seeds=1)
+    for job, other in ((cat, "bus"), (bus, "cat")):
+        assert sum(job.target == c.obj for c in job.cells) == 2 * (len(STYLES) - 1)
+        assert not {other, "ink"} & {name for c in job.cells for name in (c.obj, c.style)}
+    assert sum(c.style == "ink" for c in ink.cells) == 2 * (len(OBJECTS) - 2)
+
+
+def test_hats_erased_from_two_are_not_elsewhere() -> None:
+    patch = patch_of(*({"erase": "party hat", "from": f"a {w} with a party hat"} for w in ("cat", "dog")))
+    cat, dog = jobs_of(patch, target_seeds=1, kept_seeds=1)
+    assert (cat.wearer, {c.obj for c in cat.cells if c.hat}) == ("cat", {"cat", *WEARERS} - {"dog"})
+    assert (dog.wearer, {c.obj for c in dog.cells if c.hat}) == ("dog", {"dog", *WEARERS} - {"cat"})
+
+
+def test_without_other_wearers_nothing_is_said_of_them() -> None:
+    patch = patch_of(*({"erase": "party hat", "from": f"a {w} with a party hat"} for w in WEARERS))
+    cells = jobs_of(patch, target_seeds=1, kept_seeds=1)[0].cells
+    asked = seen([c.obj for c in cells], [c.style for c in cells], [c.hat for c in cells])
+    assert score_attribute("cat", cells, asked, asked, EVALUATOR).elsewhere is None
+
+
+def test_a_patch_that_erases_everything_of_a_kind_is_refused_before_a_picture_is_drawn() -> None:
+    with pytest.raises(RecipeError, match=r"^cat: the patch erases all that it would be measured by$"):
+        jobs_of(patch_of({"erase": "cat"}, *({"erase": s} for s in STYLES)), target_seeds=1, kept_seeds=1)
+
+
+@pytest.mark.parametrize("n", [1, 45, 90, 405])  # where rounding once put the end of the interval below the rate
+def test_an_interval_holds_its_rate(n: int) -> None:
+    for hits in ([True] * n, [False] * n):
+        found = rate(hits)
+        assert found.low <= found.value <= found.high
