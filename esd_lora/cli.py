@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ import esd_lora
 from esd_lora.errors import EsdLoraError, OutputError, PatchError, RecipeError
 
 if TYPE_CHECKING:
+    from esd_lora.bases import Base
     from esd_lora.patch import Patch
     from esd_lora.recipe import Recipe
 
@@ -37,6 +39,8 @@ app = typer.Typer(
 stderr = Console(stderr=True, highlight=False)
 
 BaseName = Annotated[str | None, typer.Option("--base", help="emoji, a folder with a diffusers pipeline, or a Hub id.")]
+OnBase = Annotated[str, typer.Option("--base", help="emoji, a folder with a diffusers pipeline, or a Hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")]
 DeviceName = Annotated[str | None, typer.Option(help="Default: the first of cuda, mps, cpu that is there.")]
 DTypeName = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the base.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -44,6 +48,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no 
 Patches = Annotated[
     list[str] | None, typer.Option("--patch", help="A patch's folder or file, with an optional weight, as in P:0.5.")
 ]
+Weighted = Annotated[list[str], typer.Argument(help="Patches, each with an optional weight, as in P:0.5.")]
 RecipeFile = Annotated[str | None, typer.Argument(help="A recipe: a YAML file, or the name of a shipped one.")]
 Erase = Annotated[list[str] | None, typer.Option(help="A concept to erase, in words; repeat for several.")]
 From = Annotated[str | None, typer.Option("--from", help="Erase the concept from this prompt only.")]
@@ -82,13 +87,11 @@ def train(
     chosen = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
     wanted = _recipe(recipe, base=base, erase=erase, from_=from_, replace_with=replace_with, overrides=chosen)
     words = re.findall(r"\w+", " ".join(dict.fromkeys(c.erase for c in wanted.concepts)))
-    folder = out or Path("runs") / "-".join(words)
-    from esd_lora.bases import load_base
+    folder = out or Path("runs") / ("-".join(words) or "patch")
     from esd_lora.report import draw_loss, draw_run
     from esd_lora.training import train
 
-    _quiet_libraries()
-    model = load_base(wanted.base, revision=wanted.revision, device=device, dtype=wanted.dtype)
+    model = _base(wanted.base, revision=wanted.revision, device=device, dtype=wanted.dtype)
     with _progress("train", wanted.steps, quiet=quiet) as step:
 
         def sample(n: int) -> None:
@@ -98,21 +101,29 @@ def train(
             step(done, None, of, name)
 
         patch = train(wanted, model, out=folder, resume=resume, on_step=step, on_sample=sample, on_stage=stage)
-    draw_loss(folder)
+    if wanted.objective != "closed-form":
+        draw_loss(folder)
     draw_run(model, wanted, folder / "grid.png", patch=patch)
     info = {"patch": str(folder), **_facts(patch)}
     _print(info, as_json=as_json)
-    _hint(
-        f"esd-lora generate --base {wanted.base} --patch {folder} --prompt '{wanted.concepts[0].prompt}'", quiet=quiet
-    )
+    if not quiet and stderr.is_terminal:
+        stderr.print(f"next: {next_command(wanted, folder)}", style="dim", markup=False, soft_wrap=True)
+
+
+def next_command(recipe: Recipe, folder: Path) -> str:
+    """What to do with a trained patch: the command that draws what it erased."""
+    prompt, pictures = recipe.concepts[0].prompt, str(folder / "pictures")
+    words = ["--base", recipe.base, "--patch", str(folder), "--prompt", prompt, "--out", pictures]
+    return shlex.join(["esd-lora", "generate", *words])
 
 
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several.")],
-    base: Annotated[str, typer.Option(help="emoji, a folder with a diffusers pipeline, or a Hub id.")],
+    base: OnBase,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     patch: Patches = None,
+    revision: Revision = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next ones count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
@@ -127,14 +138,12 @@ def generate(
     """Make pictures with a base and any patches: the same seeds give the same noise with and without."""
     if not all(p.strip() for p in prompt):
         raise RecipeError("--prompt: must not be empty")
-    loaded = [_patch(p) for p in patch or []]
+    loaded = _patches(patch or [])
     from esd_lora import pictures
-    from esd_lora.bases import load_base
     from esd_lora.compose import attach
 
-    _quiet_libraries()
-    model = load_base(base, device=device, dtype=dtype)
-    attach(model, [p for p, _ in loaded], [w for _, w in loaded])
+    model = _base(base, revision=revision, device=device, dtype=dtype)
+    attach(model, *loaded)
     prompts = [p for p in prompt for _ in range(n)]
     seeds = [seed + k for _ in prompt for k in range(n)]
     with _progress("generate", len(prompts), quiet=quiet) as step:
@@ -167,7 +176,9 @@ def generate(
 @app.command()
 def show(patch: Annotated[str, typer.Argument(help="A patch's folder or file.")], as_json: Json = False) -> None:
     """Print what a patch is: concepts, base, layers, rank, cost and scores."""
-    loaded, _ = _patch(patch)
+    from esd_lora.patch import load_patch
+
+    loaded = load_patch(patch)
     _print({"patch": patch, **_facts(loaded), **(loaded.info if as_json else {})}, as_json=as_json)
 
 
@@ -221,14 +232,15 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure patches on the embedded base: erased, kept, worst neighbours; writes scores and a grid into each folder."""
-    from esd_lora.bases import load_base
+    from esd_lora.patch import load_patch
     from esd_lora.report import measure_patches, score_table
 
     if base != "emoji":
         raise RecipeError(f"--base {base}: only emoji comes with evaluators so far")
-    loaded = {p: _patch(p)[0] for p in patch if _is_folder(p)}
-    _quiet_libraries()
-    model = load_base(base, device=device, dtype=dtype)
+    if files := [p for p in patch if not Path(p).is_dir()]:
+        raise PatchError(f"--patch {files[0]}: eval writes its scores into the patch's folder, and this is none")
+    loaded = {p: load_patch(p) for p in patch}
+    model = _base(base, device=device, dtype=dtype)
     with _progress("evaluate", None, quiet=quiet) as step:
         scores = measure_patches(
             model, loaded, target_seeds=target_seeds, kept_seeds=kept_seeds, on_picture=lambda n, of: step(n, None, of)
@@ -236,55 +248,49 @@ def evaluate(
     if as_json:
         _print({p: [s.to_dict() for s in found] for p, found in scores.items()}, as_json=True)
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(score_table(scores))
+        _show(score_table(scores))
 
 
 @app.command()
 def stack(
-    patch: Annotated[list[str], typer.Argument(help="Patches, each with an optional weight, as in P:0.5.")],
+    patch: Weighted,
     out: Annotated[Path, typer.Option(help="Folder for the stack.")],
     rank: Annotated[int | None, typer.Option(help="Compress to this rank; the error is printed.")] = None,
     as_json: Json = False,
 ) -> None:
     """Put several patches into one that does what they do together, exactly, or compressed to a rank."""
-    loaded = [_patch(p) for p in patch]
+    loaded = _patches(patch)
     from esd_lora import compose
+    from esd_lora.patch import check_empty
 
-    _check_free(out)
-    made = compose.stack([p for p, _ in loaded], [w for _, w in loaded])
-    errors: dict[str, float] = {}
+    check_empty(out)
+    made, lost = compose.stack(*loaded), {}
     if rank is not None:
         made, errors = compose.compress(made, rank)
+        lost = {"relative_error": {"worst": max(errors.values()), "mean": sum(errors.values()) / len(errors)}}
     made.save(out)
-    lost = (
-        {"relative_error": {"worst": max(errors.values()), "mean": sum(errors.values()) / len(errors)}}
-        if errors
-        else {}
-    )
     _print({"patch": str(out), **_facts(made), **lost}, as_json=as_json)
 
 
 @app.command()
 def fuse(
-    patch: Annotated[list[str], typer.Argument(help="Patches, each with an optional weight, as in P:0.5.")],
-    base: Annotated[str, typer.Option(help="emoji, a folder with a diffusers pipeline, or a Hub id.")],
+    patch: Weighted,
+    base: OnBase,
     out: Annotated[Path, typer.Option(help="Folder for the fused patch.")],
+    revision: Revision = None,
     device: DeviceName = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Put patches with learned keys into one, so that each acts on its own inputs and none elsewhere."""
-    loaded = [_patch(p) for p in patch]
+    loaded = _patches(patch)
     from esd_lora import fusing
-    from esd_lora.bases import load_base
+    from esd_lora.patch import check_empty
 
-    _check_free(out)
-    _quiet_libraries()
-    model = load_base(base, device=device)
-    with _progress("fuse", len(loaded) + 1, quiet=quiet) as step:
-        made = fusing.fuse(
-            model, [p for p, _ in loaded], [w for _, w in loaded], on_trajectories=lambda n, of: step(n, None, of)
-        )
+    check_empty(out)
+    model = _base(base, revision=revision, device=device)
+    with _progress("fuse", None, quiet=quiet) as step:
+        made = fusing.fuse(model, *loaded, on_trajectories=lambda n, of: step(n, None, of))
     made.save(out)
     _print({"patch": str(out), **_facts(made)}, as_json=as_json)
 
@@ -292,19 +298,19 @@ def fuse(
 @app.command()
 def overlap(
     patch: Annotated[list[str], typer.Argument(help="Patches' folders or files.")],
-    base: Annotated[str, typer.Option(help="emoji, a folder with a diffusers pipeline, or a Hub id.")],
+    base: OnBase,
     out: Annotated[Path | None, typer.Option(help="A picture of it, PNG.")] = None,
+    revision: Revision = None,
     device: DeviceName = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Tell what patches share before they are stacked: action on each other's concepts, and on other words."""
-    loaded = [_patch(p)[0] for p in patch]
     from esd_lora import overlap as overlaps
-    from esd_lora.bases import load_base
+    from esd_lora.patch import load_patch
 
-    _quiet_libraries()
-    model = load_base(base, device=device)
+    loaded = [load_patch(p) for p in patch]
+    model = _base(base, revision=revision, device=device)
     with _progress("words", None, quiet=quiet) as step:
         found = overlaps.overlap(model, loaded, on_words=lambda n, of: step(n, None, of))
     if out:
@@ -317,26 +323,26 @@ def overlap(
         table.add_column(name)
     for name, row, leak in zip(found.names, found.actions, found.leaks, strict=True):
         table.add_row(name, *(f"{a:.3f}" for a in row), ", ".join(f"{w} {a:.3f}" for w, a in leak[:5]))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    _show(table)
 
 
 @app.command()
 def merge(
-    patch: Annotated[list[str], typer.Argument(help="Patches, each with an optional weight, as in P:0.5.")],
-    base: Annotated[str, typer.Option(help="emoji, a folder with a diffusers pipeline, or a Hub id.")],
+    patch: Weighted,
+    base: OnBase,
     out: Annotated[Path, typer.Option(help="Folder for the merged pipeline.")],
+    revision: Revision = None,
     dtype: DTypeName = "fp32",
     as_json: Json = False,
 ) -> None:
     """Write the base with patches in its weights for good, as a pipeline that needs neither us nor peft."""
-    loaded = [_patch(p) for p in patch]
+    loaded = _patches(patch)
     from esd_lora import merging
-    from esd_lora.bases import load_base
+    from esd_lora.patch import check_empty
 
-    _quiet_libraries()
-    model = load_base(base, device="cpu")
-    folder = merging.merge(model, [p for p, _ in loaded], [w for _, w in loaded], out=out, dtype=dtype)
-    erased = [c["erase"] for p, w in loaded if w for c in p.concepts]
+    check_empty(out)
+    folder = merging.merge(_base(base, revision=revision, device="cpu"), *loaded, out=out, dtype=dtype)
+    erased = [c["erase"] for p, w in zip(*loaded, strict=True) if w for c in p.concepts]
     _print({"pipeline": str(folder), "base": base, "erased": erased}, as_json=as_json)
 
 
@@ -375,8 +381,6 @@ def _recipe(
     """
     from esd_lora.recipe import make_recipe, parse_overrides, read_recipe
 
-    if recipe is None and not (base and erase):
-        raise RecipeError("name a recipe, or --base and --erase; `esd-lora recipes` lists the shipped recipes")
     if (from_ is not None or replace_with is not None) and not erase:
         raise RecipeError("--from and --replace-with belong to an --erase")
     values: dict[str, Any] = read_recipe(_shipped(recipe)) if recipe else {}
@@ -385,7 +389,19 @@ def _recipe(
     if erase:
         values["concepts"] = [{"erase": e, "from": from_, "replace_with": replace_with} for e in erase]
     values |= parse_overrides(overrides or [])
+    if recipe is None and not {"base", "concepts"} <= values.keys():
+        raise RecipeError("name a recipe, or --base and --erase; `esd-lora recipes` lists the shipped recipes")
     return make_recipe(values, source=recipe or "options")
+
+
+def _patches(texts: list[str]) -> tuple[list[Patch], list[float]]:
+    """Patches and their weights, from `path` or `path:weight` each.
+
+    Raises:
+        PatchError: See `_patch`.
+    """
+    found = [_patch(t) for t in texts]
+    return [p for p, _ in found], [w for _, w in found]
 
 
 def _patch(text: str) -> tuple[Patch, float]:
@@ -408,27 +424,12 @@ def _patch(text: str) -> tuple[Patch, float]:
     return load_patch(path), value
 
 
-def _check_free(out: Path) -> None:
-    """Nothing, if a patch can be written to `out` without losing another.
+def _base(name: str, **how: Any) -> Base:
+    """The base model, with the libraries silent from now on; see `load_base`."""
+    _quiet_libraries()
+    from esd_lora.bases import load_base
 
-    Raises:
-        OutputError: There is one.
-    """
-    from esd_lora.patch import FILE_NAME
-
-    if out.is_file() or (out / FILE_NAME).exists():
-        raise OutputError(f"{out}: holds a patch; choose another --out")
-
-
-def _is_folder(path: str) -> bool:
-    """True for a patch's folder, into which scores can be written.
-
-    Raises:
-        PatchError: It is none.
-    """
-    if not Path(path).is_dir():
-        raise PatchError(f"--patch {path}: eval writes its scores into the patch's folder, and this is none")
-    return True
+    return load_base(name, **how)
 
 
 def _facts(patch: Patch) -> dict[str, Any]:
@@ -464,6 +465,11 @@ def _print(data: Mapping[str, Any], *, as_json: bool) -> None:
     table.add_column(overflow="fold")
     for name, value in _flat(data):
         table.add_row(name, value)
+    _show(table)
+
+
+def _show(table: Table) -> None:
+    """A table on stdout, as wide as the terminal."""
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
 
 
@@ -499,12 +505,6 @@ def _progress(label: str, total: int | None, *, quiet: bool) -> Iterator[Callabl
                 bar.update(task, description=f"{label} loss {loss:.4g}")
 
         yield move
-
-
-def _hint(command: str, *, quiet: bool) -> None:
-    """What to do next, on stderr."""
-    if not quiet and stderr.is_terminal:
-        stderr.print(f"next: {command}", style="dim")
 
 
 def _quiet_libraries() -> None:

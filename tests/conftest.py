@@ -35,8 +35,9 @@ RecipeOf = Callable[..., Recipe]
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every test runs in a folder of its own, so that a relative path leaves nothing in the checkout."""
+    """Every test runs in a folder of its own, so that a relative path or a cache leaves nothing elsewhere."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

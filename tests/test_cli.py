@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import RecipeOf
 from PIL import Image
 from tiny import save_tiny, tiny_pipeline
 
@@ -216,18 +218,52 @@ def test_eval_refuses_what_it_cannot_write_scores_into(call: Call, patch_folder:
 def test_stack_never_overwrites_a_patch(call: Call, patch_folder: Path) -> None:
     before = (patch_folder / FILE_NAME).read_bytes()
     result = call("stack", patch_folder, "--out", patch_folder)
-    assert (result.code, result.err.strip()) == (2, f"error: {patch_folder}: holds a patch; choose another --out")
+    assert (result.code, result.err.strip()) == (2, f"error: {patch_folder}: not empty; choose another --out")
     assert (patch_folder / FILE_NAME).read_bytes() == before
 
 
-def test_fuse_writes_one_patch(
-    call: Call, patch_folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_overlap_prints_and_draws_what_patches_share(
+    call: Call, patch_folder: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = [patch_folder, patch_folder, "--base", tiny_folder, "--out", tmp_path / "shared.png"]
+    result = call("overlap", *options, "--json")
+    actions = json.loads(result.out)["actions"]
+    assert (result.code, len(actions), actions[0]) == (0, 2, actions[1])  # a patch acts on its own concept as its twin
+    assert actions[0][0] > 0
+    with Image.open(tmp_path / "shared.png") as picture:
+        assert picture.format == "PNG"
+    assert "leaks to" in call("overlap", patch_folder, "--base", tiny_folder).out
+
+
+@pytest.mark.parametrize("command", ["show", "overlap"])
+def test_a_weight_where_none_counts_is_not_dropped_silently(
+    command: str, call: Call, patch_folder: Path, tiny_folder: Path
+) -> None:
+    base = ("--base", tiny_folder) if command == "overlap" else ()
+    result = call(command, f"{patch_folder}:0.5", *base)
+    assert (result.code, f"{patch_folder}:0.5: no patch here" in result.err) == (2, True)
+
+
+def test_the_hint_after_training_is_a_command_that_runs(
+    call: Call, patch_folder: Path, tiny_folder: Path, recipe_of: RecipeOf
+) -> None:
+    recipe = recipe_of(base=str(tiny_folder), concepts='the cat\'s "whiskers"')
+    words = shlex.split(cli.next_command(recipe, patch_folder))
+    result = call(*words[1:], "-n", 1, "--steps", 1)
+    assert (words[0], result.code, (patch_folder / "pictures" / "grid.png").exists()) == ("esd-lora", 0, True)
+    shutil.rmtree(patch_folder / "pictures")
+
+
+def test_a_recipe_can_be_set_without_a_file(call: Call, tiny_folder: Path) -> None:
+    result = call("plan", "--set", f"base={tiny_folder}", "--set", "concepts=[cat, dog]", "--json")
+    assert result.code == 0
+
+
+def test_fuse_writes_one_patch(call: Call, patch_folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
     result = call("fuse", patch_folder, "--base", tiny_folder, "--out", tmp_path / "fused", "--json")
     assert (result.code, json.loads(result.out)["erases"]) == (0, ["cat"])
     again = call("fuse", patch_folder, "--base", tiny_folder, "--out", tmp_path / "fused")
-    assert (again.code, "holds a patch; choose another --out" in again.err) == (2, True)
+    assert (again.code, "not empty; choose another --out" in again.err) == (2, True)
 
 
 def test_merge_writes_a_pipeline_and_only_once(
