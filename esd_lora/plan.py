@@ -48,8 +48,8 @@ class Passes:
     total: int
     per_example: float
     """The total over the training examples of concepts: preservation is a cost, not an example."""
-    authors_ratio: float
-    """How many times as many the authors' schedule needs for as many examples."""
+    authors_ratio: float | None
+    """How many times as many the authors' schedule needs for as many examples; None where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -92,23 +92,6 @@ class Plan:
         """The plan as plain JSON values."""
         return {**asdict(self), "first_modules": list(self.first_modules)}
 
-    def __str__(self) -> str:
-        """The plan in four lines."""
-        p, m = self.passes, self.memory
-        gb = {k: f"{v / 1e9:.2f}" for k, v in asdict(m).items()}
-        return (
-            f"base      {self.base}: {self.family}, {self.denoiser_parameters / 1e6:,.1f} M parameters, "
-            f"{self.prediction_type}, {self.resolution} px\n"
-            f"adapters  {self.layers}, rank {self.rank}: {self.modules} layers ({self.first_modules[0]} …), "
-            f"{self.adapter_parameters:,} parameters, {self.patch_bytes / 1e6:.2f} MB\n"
-            f"passes    {p.total:,} = {p.concepts:,} concepts + {p.preservation:,} preservation "
-            f"+ {p.training:,} training; {p.per_example:.1f} per example, "
-            f"the authors' schedule {p.authors_ratio:.1f} times as many\n"
-            f"memory    {gb['peak']} GB: {gb['weights']} weights + {gb['activations']} activations "
-            f"+ {(m.adapters + m.optimizer) / 1e9:.2f} adapters and optimizer; "
-            f"before training {gb['encoders']} encoders beside the weights"
-        )
-
 
 def make_plan(recipe: Recipe) -> Plan:
     """What training this recipe would do and cost.
@@ -126,6 +109,8 @@ def make_plan(recipe: Recipe) -> Plan:
     base.add_adapter(layers=recipe.layers, rank=recipe.rank)
     modules = base.matched(recipe.layers)
     adapters = size_of(base.adapter_parameters())
+    if recipe.keys == "closed-form":
+        base.freeze_keys(torch.zeros(1, device="meta"))
     resolution = recipe.resolution or unet.config.sample_size * facts.vae_scale_factor
     return Plan(
         base=recipe.base,
@@ -140,7 +125,7 @@ def make_plan(recipe: Recipe) -> Plan:
         adapter_parameters=adapters,
         patch_bytes=4 * adapters,
         passes=count_passes(recipe, denoising_steps=facts.denoising_steps),
-        memory=_memory(recipe, base, facts, side=resolution // facts.vae_scale_factor),
+        memory=_memory(recipe, base, facts, adapters=adapters, side=resolution // facts.vae_scale_factor),
     )
 
 
@@ -155,6 +140,8 @@ def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int)
         recipe: What to train.
         denoising_steps: Of a trajectory of S steps, how many the base's scheduler takes.
     """
+    if recipe.objective == "closed-form":
+        return Passes(0, 0, 0, 0, 0.0, None)
     _, erase, preserve = questions_of(resolve(recipe))
     edited = recipe.x_t == "edited"
     banks = math.ceil(recipe.steps / recipe.refresh_every) if edited else 1
@@ -176,15 +163,17 @@ def _rows(recipe: Recipe) -> int:
 # ---- memory -------------------------------------------------------------------------------------------------
 
 
-def _memory(recipe: Recipe, base: Base, facts: Facts, *, side: int) -> Memory:
-    """Bytes by what they are for; side is that of the latents."""
+def _memory(recipe: Recipe, base: Base, facts: Facts, *, adapters: int, side: int) -> Memory:
+    """Bytes by what they are for; adapters counts their numbers, trained or not, side is that of the latents."""
     each = DTYPES[recipe.dtype].itemsize
-    trained = size_of(base.adapter_parameters())
-    weights = each * (size_of(base.denoiser.parameters()) - trained)
+    trained, activations = 0, 0
+    weights = each * (size_of(base.denoiser.parameters()) - adapters)
     encoders = each * (facts.text_encoder_parameters + facts.vae_parameters)
-    activations = step_bytes(base.denoiser, rows=_rows(recipe), side=side, checkpointing=recipe.gradient_checkpointing)
-    peak = weights + max(encoders, 3 * 4 * trained + activations)
-    return Memory(weights, 4 * trained, 2 * 4 * trained, activations, encoders, peak)
+    if recipe.objective != "closed-form":
+        trained, checkpointing = size_of(base.adapter_parameters()), recipe.gradient_checkpointing
+        activations = step_bytes(base.denoiser, rows=_rows(recipe), side=side, checkpointing=checkpointing)
+    peak = weights + max(encoders, 4 * adapters + 2 * 4 * trained + activations)
+    return Memory(weights, 4 * adapters, 2 * 4 * trained, activations, encoders, peak)
 
 
 def step_bytes(unet: Any, *, rows: int, side: int, checkpointing: bool = False) -> int:

@@ -58,7 +58,9 @@ class Concept(BaseModel):
         None, description="Draw this instead: the anchor a of the equation. Without it the anchor is the empty prompt."
     )
     synonyms: Annotated[tuple[Words, ...], BeforeValidator(_sequence)] = Field(
-        (), description="Other words for the concept, which closed-form keys answer to as well."
+        (),
+        description="Other words for the concept: closed-form keys answer to them too, and the default `preserve` leaves "
+        "them out.",
     )
 
     @model_validator(mode="before")
@@ -111,10 +113,12 @@ class Recipe(BaseModel):
         "lora_B is trained, so that patches stack; `layers` is then `esd-x-strict` by default.",
     )
     rank: int = Field(4, ge=1, description="Rank of the adapters; alpha equals it.")
-    objective: Literal["paper", "authors"] = Field(
+    objective: Literal["paper", "authors", "closed-form"] = Field(
         "paper",
         description="`paper`: the anchor minus η times the guidance. `authors`: as their later code, anchored on the "
-        "concept itself, so that `eta` is their negative_guidance (paper's η plus one).",
+        "concept itself where there is no other anchor, so that `eta` is their negative_guidance (paper's η plus one). "
+        "`closed-form`: the words' keys and values moved to the anchor's without training, as UCE; `eta`, `rank`, "
+        "`preserve` and `preserve_weight` still count.",
     )
     eta: float = Field(2.0, ge=0, description="η: how far to push away from the concept; 0 moves to the anchor.")
     x_t: Literal["base", "edited"] = Field(
@@ -152,9 +156,8 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _keyed_layers(cls, value: object) -> object:
-        if isinstance(value, Mapping) and value.get("keys") == "closed-form" and "layers" not in value:
-            return {**value, "layers": "esd-x-strict"}
-        return value
+        closed = isinstance(value, Mapping) and "closed-form" in (value.get("keys"), value.get("objective"))
+        return {"layers": "esd-x-strict", **value} if closed and isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
@@ -162,6 +165,10 @@ class Recipe(BaseModel):
             raise ValueError("warmup_steps: lr_schedule constant has no warm-up; use constant_with_warmup")
         if self.keys == "closed-form" and self.layers == "esd-u":
             raise ValueError("keys: closed-form is for cross-attention, which layers esd-u does not adapt")
+        if self.objective == "closed-form" and self.layers != "esd-x-strict":
+            raise ValueError(f"objective: closed-form is for layers esd-x-strict, not {self.layers}")
+        if self.objective == "authors" and self.eta <= 1 and any(not c.anchor for c in self.concepts):
+            raise ValueError(f"eta: must be above 1 with objective authors, where 1 changes nothing, got {self.eta:g}")
         return self
 
     def to_yaml(self) -> str:

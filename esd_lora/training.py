@@ -27,8 +27,10 @@ from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
+from esd_lora.bases import DTYPES
 from esd_lora.bases.base import Base, Condition
 from esd_lora.checkpoint import Checkpoint
+from esd_lora.closed_form import closed_form_patch
 from esd_lora.errors import OutputError, RecipeError, TrainingError
 from esd_lora.esd import esd_loss
 from esd_lora.keys import closed_form_keys
@@ -88,7 +90,7 @@ def train(
         BaseModelError, RecipeError: The layers match nothing, or the rank is too high.
     """
     recipe = resolve(recipe)
-    finished = _prepare_folder(out, recipe, resume=resume)
+    finished = _prepare_folder(out, recipe, base, resume=resume)
     if finished:
         return finished
     started = time.monotonic()
@@ -96,24 +98,30 @@ def train(
     base.remove_adapters()
     torch.manual_seed(recipe.seed)
     base.add_adapter(layers=recipe.layers, rank=recipe.rank)
+    tell = on_stage and partial(on_stage, "vocabulary")
+    losses = torch.zeros(0)
     try:
-        if recipe.keys == "closed-form":
+        if recipe.keys == "closed-form" and recipe.objective != "closed-form":
             keep = recipe.preserve or ()
-            tell = on_stage and partial(on_stage, "vocabulary")
             base.freeze_keys(closed_form_keys(base, recipe.concepts, rank=recipe.rank, keep=keep, on_prompts=tell))
         if out:  # not before the base has said that it can be adapted so: a refused run leaves nothing behind
             write_file(out / "recipe.yaml", recipe.to_yaml().encode())
-        run = _begin(recipe, base, out)
-        run.on_stage = on_stage
-        checkpoint = Checkpoint(out / "checkpoint.safetensors") if out else None
-        if checkpoint and resume and checkpoint.path.exists():
-            _restore(run, checkpoint)
-        _loop(run, checkpoint, on_step, on_sample)
-        patch = Patch(base.adapter_state(), _provenance(run))
+        if recipe.objective == "closed-form":
+            patch = Patch(closed_form_patch(base, recipe, on_prompts=tell), _provenance(recipe, base))
+        else:
+            run = _begin(recipe, base, out)
+            run.on_stage = on_stage
+            checkpoint = Checkpoint(out / "checkpoint.safetensors") if out else None
+            if checkpoint and resume and checkpoint.path.exists():
+                _restore(run, checkpoint)
+            _loop(run, checkpoint, on_step, on_sample)
+            losses = run.losses
+            patch = Patch(base.adapter_state(), _provenance(recipe, base, passes=run.passes, losses=losses))
     finally:
         base.remove_adapters()
     if out:
-        write_file(out / "loss.csv", _csv(run.losses))
+        if len(losses):
+            write_file(out / "loss.csv", _csv(losses))
         write_file(out / "run.yaml", _cost(started, base.device))
         patch.save(out)  # the last, for it says that the run is done
         Path(out / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -127,8 +135,8 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"preserve": default_preserve(recipe.concepts)})
 
 
-def _prepare_folder(out: Path | None, recipe: Recipe, *, resume: bool) -> Patch | None:
-    """The finished patch of the same recipe if `resume` finds one; otherwise `out` is there and free for this run."""
+def _prepare_folder(out: Path | None, recipe: Recipe, base: Base, *, resume: bool) -> Patch | None:
+    """The finished patch of the same recipe and base if `resume` finds one; otherwise `out` is free for this run."""
     if out is None:
         return None
     holds = [n for n in (FILE_NAME, "checkpoint.safetensors") if (out / n).exists()]
@@ -142,20 +150,29 @@ def _prepare_folder(out: Path | None, recipe: Recipe, *, resume: bool) -> Patch 
         raise OutputError(f"{out}: holds another run; choose another --out, or go on with it by --resume")
     if not written.exists() or written.read_text(encoding="utf-8") != recipe.to_yaml():
         raise OutputError(f"{out}: holds a run of another recipe, which this one cannot resume; choose another --out")
-    return load_patch(out) if FILE_NAME in holds else None
+    if FILE_NAME not in holds:
+        return None
+    patch = load_patch(out)
+    told = patch.info.get("recipe"), patch.info.get("base", {}).get("fingerprint")
+    if told != (recipe.to_dict(), base.fingerprint):
+        raise OutputError(f"{out}: holds a patch of another recipe or base; choose another --out")
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)  # the run was killed between the patch and this
+    return patch
 
 
 def _check_environment(recipe: Recipe, base: Base, out: Path | None) -> None:
-    """Nothing, if this machine can do what the recipe asks for.
+    """Nothing, if this machine and this base can do what the recipe asks for.
 
     Raises:
-        RecipeError: It lacks a package, or the precision is not for this device.
+        RecipeError: A package is missing, or the precision is not for this device or not the base's.
     """
     if recipe.log_with and (out is None or importlib.util.find_spec(recipe.log_with) is None):
         need = "an output folder" if out is None else f"its package: pip install esd_lora[{recipe.log_with}]"
         raise RecipeError(f"log_with: {recipe.log_with} needs {need}")
     if recipe.dtype == "fp16" and base.device.type == "cpu":
         raise RecipeError("dtype: fp16 cannot be trained on a CPU; try bf16")
+    if DTYPES[recipe.dtype] != base.dtype:
+        raise RecipeError(f"dtype: the recipe says {recipe.dtype}, and the base is loaded in {base.dtype}")
 
 
 def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
@@ -358,14 +375,14 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
     run.step, run.passes = state["step"], state["passes"]
 
 
-def _provenance(run: Run) -> dict[str, Any]:
+def _provenance(recipe: Recipe, base: Base, *, passes: int = 0, losses: Tensor | None = None) -> dict[str, Any]:
     """What the patch tells about itself; nothing that differs between two runs of one recipe."""
-    last = run.losses[-CHECK_EVERY:].mean().item()
+    last = math.nan if losses is None else losses[-CHECK_EVERY:].mean().item()
     return {
-        "recipe": run.recipe.to_dict(),
-        "base": {"name": run.base.name, "revision": run.base.revision, "fingerprint": run.base.fingerprint},
+        "recipe": recipe.to_dict(),
+        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
         "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-        "cost": {"forward_passes": run.passes},
+        "cost": {"forward_passes": passes},
         "loss": None if math.isnan(last) else last,
     }
 

@@ -120,6 +120,20 @@ def test_a_scheduler_that_takes_a_step_more_is_counted(tmp_path: Path) -> None:
     assert make_plan(recipe_of(SD15, trajectories=1, trajectory_steps=20)).passes.concepts == 21 * 2
 
 
+def test_a_closed_form_costs_no_passes_and_trains_nothing() -> None:
+    plan = make_plan(recipe_of(SD15, objective="closed-form"))
+    assert (plan.passes.total, plan.passes.authors_ratio) == (0, None)
+    assert (plan.memory.activations, plan.memory.optimizer, plan.memory.adapters) == (0, 0, plan.patch_bytes)
+
+
+def test_frozen_keys_have_no_moments() -> None:
+    learned, keyed = (make_plan(recipe_of(SD15, layers="esd-x-strict", keys=k)) for k in ("learned", "closed-form"))
+    assert keyed.patch_bytes == learned.patch_bytes
+    # SD 1.5: 16 cross-attention layers, k and v of 768 inputs each; Adam's two moments of the keys are gone
+    frozen = 2 * 16 * 768 * recipe_of(SD15).rank
+    assert learned.memory.optimizer - keyed.memory.optimizer == 2 * 4 * frozen
+
+
 def test_default_preserve_list_is_counted() -> None:
     assert count_passes(recipe_of(SD15, preserve=None)).preservation > 20 * 2 * 10
 

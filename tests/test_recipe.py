@@ -132,6 +132,14 @@ def test_a_recipe_cannot_be_changed() -> None:
             "recipe: keys: closed-form is for cross-attention, which layers esd-u does not adapt",
         ),
         (
+            {"objective": "authors", "eta": 1},
+            "recipe: eta: must be above 1 with objective authors, where 1 changes nothing, got 1",
+        ),
+        (
+            {"objective": "closed-form", "layers": "full"},
+            "recipe: objective: closed-form is for layers esd-x-strict, not full",
+        ),
+        (
             {"warmup_steps": 5, "lr_schedule": "constant"},
             "recipe: warmup_steps: lr_schedule constant has no warm-up; use constant_with_warmup",
         ),
@@ -178,7 +186,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ),
         ({"dtype": "fp8"}, "recipe: dtype: input should be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
         ({"x_t": "own"}, "recipe: x_t: input should be 'base' or 'edited', got 'own'"),
-        ({"objective": "esd"}, "recipe: objective: input should be 'paper' or 'authors', got 'esd'"),
+        ({"objective": "esd"}, "recipe: objective: input should be 'paper', 'authors' or 'closed-form', got 'esd'"),
         ({"log_with": "csv"}, "recipe: log_with: input should be 'tensorboard' or 'wandb', got 'csv'"),
     ],
 )

@@ -311,6 +311,37 @@ def test_a_run_that_broke_off_before_its_first_checkpoint_starts_again(
     assert same(train(recipe_of(), base, out=tmp_path / "run", resume=True).tensors, train(recipe_of(), base).tensors)
 
 
+def test_a_finished_run_is_not_taken_for_that_of_another_base(base: Base, recipe_of: RecipeOf, tmp_path: Path) -> None:
+    train(recipe_of(), base, out=tmp_path / "run")
+    base.fingerprint = "0" * 64  # as after an update of the base's weights
+    with pytest.raises(OutputError, match=r"holds a patch of another recipe or base; choose another --out$"):
+        train(recipe_of(), base, out=tmp_path / "run", resume=True)
+
+
+def test_a_patch_put_into_a_broken_run_is_not_taken_for_its_own(
+    base: Base, recipe_of: RecipeOf, patch: Patch, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe_of(checkpoint_every=2), base, out=tmp_path / "run", on_step=stop_at(3))
+    patch.save(tmp_path / "run")
+    with pytest.raises(OutputError, match=r"holds a patch of another recipe or base"):
+        train(recipe_of(checkpoint_every=2), base, out=tmp_path / "run", resume=True)
+
+
+def test_a_run_killed_after_its_patch_leaves_no_checkpoint_for_ever(
+    base: Base, recipe_of: RecipeOf, tmp_path: Path
+) -> None:
+    train(recipe_of(), base, out=tmp_path / "run")
+    (tmp_path / "run" / CHECKPOINT).write_bytes(b"left by a kill")
+    train(recipe_of(), base, out=tmp_path / "run", resume=True)
+    assert names_in(tmp_path / "run") == FINISHED
+
+
+def test_a_base_in_another_precision_than_the_recipes_is_refused(base: Base, recipe_of: RecipeOf) -> None:
+    with pytest.raises(RecipeError, match=r"^dtype: the recipe says bf16, and the base is loaded in torch.float32$"):
+        train(recipe_of(dtype="bf16"), base)
+
+
 def test_resuming_a_finished_run_returns_its_patch_without_training(
     base: Base, patch: Patch, patch_folder: Path, recipe_of: RecipeOf
 ) -> None:
