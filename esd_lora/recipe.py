@@ -109,8 +109,9 @@ class Recipe(BaseModel):
     )
     keys: Literal["learned", "closed-form"] = Field(
         "learned",
-        description="`closed-form`: lora_A of cross-attention k and v is computed from the text encoder's vocabulary and only "
-        "lora_B is trained, so that patches stack; `layers` is then `esd-x-strict` by default.",
+        description="`closed-form`: lora_A of cross-attention k and v is computed from the text encoder's vocabulary, so that "
+        "patches stack; `layers` is then `esd-x-strict`, `objective` `closed-form` and `rank` 2 by default. With "
+        "`objective: paper` lora_B is trained, which wants an `lr` of about 2e-2.",
     )
     rank: int = Field(4, ge=1, description="Rank of the adapters; alpha equals it.")
     objective: Literal["paper", "authors", "closed-form"] = Field(
@@ -155,9 +156,14 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _keyed_layers(cls, value: object) -> object:
-        closed = isinstance(value, Mapping) and "closed-form" in (value.get("keys"), value.get("objective"))
-        return {"layers": "esd-x-strict", **value} if closed and isinstance(value, Mapping) else value
+    def _closed_form_defaults(cls, value: object) -> object:
+        if not isinstance(value, Mapping) or "closed-form" not in (value.get("keys"), value.get("objective")):
+            return value
+        filled = {"layers": "esd-x-strict", **value}
+        if value.get("keys") == "closed-form":
+            solved = "closed-form" if filled["layers"] == "esd-x-strict" else "paper"
+            filled = {"objective": solved, "rank": 2, **filled}
+        return filled
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:

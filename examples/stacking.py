@@ -45,6 +45,9 @@ POOL = (
 
 KINDS: Mapping[str, dict[str, Any]] = {
     "keyed": {"keys": "closed-form"},
+    "keyed, rank 4": {"keys": "closed-form", "rank": 4},
+    "keyed, trained": {"keys": "closed-form", "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0, "steps": 60},
+    "uce": {"objective": "closed-form", "eta": 0.0},
     "learned": {"preserve_weight": 0.0},
     "preserved": {},
 }
@@ -99,11 +102,17 @@ def ways_of(base: Base, order: Sequence[str], seed: int, folder: Path) -> Mappin
     """The ways to erase these concepts together; the trained patches are kept in the folder."""
 
     def single(kind: str) -> Callable[[], list[Patch]]:
-        return lambda: [patch_of(base, [c], kind, seed, folder / f"{kind}-{c}-{seed}") for c in order]
+        return lambda: [
+            patch_of(base, [c], kind, seed, folder / f"{kind}-{c}-{seed}".replace(", ", "-").replace(" ", "-"))
+            for c in order
+        ]
 
     one = folder / f"one-{len(order)}-{'-'.join(order)}-{seed}"
     return {
         "keyed": (single("keyed"), stack),
+        "keyed, rank 4": (single("keyed, rank 4"), stack),
+        "keyed, trained": (single("keyed, trained"), stack),
+        "uce": (single("uce"), stack),
         "learned": (single("learned"), stack),
         "preserved": (single("preserved"), stack),
         "fused": (single("learned"), partial(fuse, base)),

@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "eta: 1": {"eta": 1.0},
     "preserve_weight: 0": {"preserve_weight": 0.0},
     "keys: closed-form": {"keys": "closed-form"},
+    "keys: closed-form, rank: 4": {"keys": "closed-form", "rank": 4},
+    "objective: closed-form": {"objective": "closed-form"},
 }
 
 

@@ -27,7 +27,7 @@ from esd_lora.keys import (
     vocabulary_moment,
     words_of,
 )
-from esd_lora.recipe import Concept
+from esd_lora.recipe import Concept, make_recipe
 from esd_lora.training import train
 
 PROMPTS = [f"a {letter}" for letter in "bcdefgh"]
@@ -198,7 +198,7 @@ def test_keys_answer_the_concept_and_not_what_is_to_be_kept(base: Base) -> None:
 
 
 def test_training_leaves_the_keys_alone_and_all_layers_share_them(base: Base, recipe_of: RecipeOf) -> None:
-    recipe = recipe_of(keys="closed-form", lr=0.05)
+    recipe = recipe_of(keys="closed-form", objective="paper", lr=0.05)
     patch = train(recipe, base)
     expected = closed_form_keys(base, recipe.concepts, rank=2, keep=recipe.preserve or ())
     downs = {k: v for k, v in patch.tensors.items() if ".lora_A." in k}
@@ -216,7 +216,7 @@ def test_with_query_and_output_only_k_and_v_have_closed_keys(base: Base, recipe_
 
 
 def test_a_run_with_closed_keys_goes_on_where_it_stopped(base: Base, recipe_of: RecipeOf, tmp_path: Path) -> None:
-    recipe = recipe_of(keys="closed-form", checkpoint_every=2, lr=0.05)
+    recipe = recipe_of(keys="closed-form", objective="paper", checkpoint_every=2, lr=0.05)
     whole = train(recipe, base)
 
     def stop(step: int, _: float | None) -> None:
@@ -229,8 +229,10 @@ def test_a_run_with_closed_keys_goes_on_where_it_stopped(base: Base, recipe_of: 
 
 
 def test_closed_keys_need_cross_attention(recipe_of: RecipeOf) -> None:
-    assert recipe_of(keys="closed-form").layers == "esd-x-strict"
-    assert recipe_of(keys="closed-form", layers="full").layers == "full"
+    keyed, full = recipe_of(keys="closed-form"), recipe_of(keys="closed-form", layers="full")
+    assert (keyed.layers, keyed.objective) == ("esd-x-strict", "closed-form")
+    assert (full.layers, full.objective) == ("full", "paper")  # other layers have no words to solve for
+    assert make_recipe({"base": "emoji", "concepts": "cat", "keys": "closed-form"}).rank == 2
     with pytest.raises(
         RecipeError, match="keys: closed-form is for cross-attention, which layers esd-u does not adapt"
     ):
