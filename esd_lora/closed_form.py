@@ -41,6 +41,11 @@ def closed_form_patch(
     """
     hit, move = edit_moments(base, recipe.concepts, eta=recipe.eta)
     kept = kept_moment(base, recipe.concepts, recipe.preserve or (), on_prompts=on_prompts)
+    return patch_tensors(base, recipe, hit, move, kept)
+
+
+def patch_tensors(base: Base, recipe: Recipe, hit: Tensor, move: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """The tensors of the patch that H, J and G give; see `closed_form_patch`."""
     keys = generalised_keys(hit, kept, rank=recipe.rank) if recipe.keys == "closed-form" else None
     tensors = {}
     for name in base.matched("esd-x-strict"):

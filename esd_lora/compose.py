@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from esd_lora.bases import base_of
 from esd_lora.bases.base import Base
 from esd_lora.errors import PatchError
 from esd_lora.patch import Patch
@@ -58,19 +60,25 @@ def concepts_of(patch: Patch) -> list[Concept]:
     return [Concept.model_validate(c) for c in patch.concepts]
 
 
-def attach(base: Base, patches: Sequence[Patch], weights: Sequence[float] | None = None) -> list[str]:
+def attach(
+    base: Base | DiffusionPipeline, patches: Sequence[Patch], weights: Sequence[float] | None = None
+) -> list[str]:
     """The adapter names under which the patches are now active on the base, instead of any before.
 
-    The active patches sum exactly: W + Σ_i weight_i · B_i A_i. `base.remove_adapters()` takes them off again.
+    The active patches sum exactly: W + Σ_i weight_i · B_i A_i. `base.remove_adapters()` takes them off again, or
+    `unload_lora()` of the pipeline's denoiser, and diffusers' `set_adapters` gives the names other weights.
 
     Args:
-        base: Its denoiser is changed in place.
+        base: A base, or a pipeline as diffusers loads it; its denoiser is changed in place.
         patches: Any number; none leaves the bare base.
         weights: One for each patch, any sign; 1 by default.
 
     Raises:
         PatchError: A patch does not fit, or a weight is not a number; the base is left bare.
+        BaseModelError: A pipeline of no known family.
     """
+    if isinstance(base, DiffusionPipeline):
+        base = base_of(base)
     base.remove_adapters()
     weights = _weights_of(patches, weights)
     for patch in patches:

@@ -1,17 +1,18 @@
 """How many patches can be put together? Kept and erased for 1 to 16 patches, by kind of patch and way of putting them together.
 
-    python examples/stacking.py --out runs/stacking [--only keyed] [--k 1 2 4 8 16] [--orders 3] [--seeds 3]
+    python examples/stacking.py --out runs/stacking [--ways keyed uce] [--k 1 2 4 8 16] [--orders 3] [--seeds 3] [--weights 1]
 
 For each order of the concepts and each training seed the first k patches are put together and the grid is drawn: pictures
-of an erased concept with nothing else erased in them, and pictures with nothing erased. Patches and hits are kept on disk, so
-that the script goes on where it stopped; at the end it prints a table and draws `stacking.png`. Hits are named by the pictures
-asked for and the trained patches; after a change of how patches are put together, remove the folder `hits`.
+of an erased concept with nothing else erased in them, and pictures with nothing erased. Patches and answers are kept on disk,
+so that the script goes on where it stopped. At the end it prints a table and draws `stacking.png` of all answers in the
+folder; after a change of how patches are put together, choose another.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,15 +26,18 @@ from peft.utils.merge_utils import ties
 from rich.progress import track
 
 from esd_lora.bases import Base, load_base
+from esd_lora.closed_form import edit_moments, patch_tensors
 from esd_lora.compose import stack
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
-from esd_lora.emoji.vocabulary import OBJECTS, STYLES
+from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES
 from esd_lora.evaluate import FIRST_SEED, Cell, draw, rate
 from esd_lora.fusing import fuse
+from esd_lora.keys import mean_moment, named_words, prompts_of, words_of
 from esd_lora.merging import merged_denoiser
 from esd_lora.patch import Patch, write_file
-from esd_lora.recipe import Recipe
+from esd_lora.recipe import Concept, Recipe
 from esd_lora.training import train
+from esd_lora.trajectories import stems
 
 POOL = (
     *(o for o in OBJECTS if o not in ("tiger", "car", "tree", "fish", "train", "heart", "bird")),
@@ -51,9 +55,13 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "learned": {"preserve_weight": 0.0},
     "preserved": {},
 }
+"""What a recipe has besides its concept."""
+
+LEFT_OUT = tuple(OBJECTS)[::2]
+"""Objects that the kind "words left out" does not know of."""
 
 
-def words_of(concept: str) -> dict[str, Any]:
+def named_as(concept: str) -> dict[str, Any]:
     """The concept as a recipe names it, with the words that mean the same."""
     forms = {**OBJECTS, **STYLES}[concept]
     end = " style" if concept in STYLES else ""
@@ -62,8 +70,23 @@ def words_of(concept: str) -> dict[str, Any]:
 
 def patch_of(base: Base, concepts: Sequence[str], kind: str, seed: int, folder: Path) -> Patch:
     """The trained patch of a kind, from disk where it is there."""
-    fields = {"base": "emoji", "concepts": [words_of(c) for c in concepts], "seed": seed, **KINDS[kind]}
+    fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, **KINDS[kind]}
     return train(Recipe.model_validate(fields), base, out=folder, resume=True)
+
+
+def without_words(base: Base, concepts: Sequence[str]) -> list[Patch]:
+    """Keyed patches whose vocabulary lacks half of the objects: what they do to words that they do not know of."""
+    missing = set().union(*(stems(form) for name in LEFT_OUT for form in (name, *OBJECTS[name])))
+    words = [w for w in words_of(base) if not stems(w) & missing]
+    made = []
+    for concept in concepts:
+        named = Concept.model_validate(named_as(concept))
+        recipe = Recipe(base="emoji", concepts=(named,), keys="closed-form")
+        own = named_words([named])
+        kept = mean_moment(base, [p for p in prompts_of(words) if not stems(p) & own])
+        hit, move = edit_moments(base, [named], eta=recipe.eta)
+        made.append(Patch(patch_tensors(base, recipe, hit, move, kept)))
+    return made
 
 
 def tied(patches: Sequence[Patch]) -> Patch:
@@ -109,18 +132,18 @@ def ways_of(base: Base, order: Sequence[str], seed: int, folder: Path) -> Mappin
 
     one = folder / f"one-{len(order)}-{'-'.join(order)}-{seed}"
     return {
-        "keyed": (single("keyed"), stack),
-        "keyed, rank 4": (single("keyed, rank 4"), stack),
-        "keyed, trained": (single("keyed, trained"), stack),
-        "uce": (single("uce"), stack),
-        "learned": (single("learned"), stack),
-        "preserved": (single("preserved"), stack),
+        "base": (list, stack),
+        **{kind: (single(kind), stack) for kind in KINDS},
+        "words left out": (lambda: without_words(base, order), stack),
         "fused": (single("learned"), partial(fuse, base)),
         "fused preserved": (single("preserved"), partial(fuse, base)),
         "ties": (single("learned"), tied),
         "one patch": (lambda: [patch_of(base, order, "preserved", seed, one)], stack),
         "sequential": (lambda: sequential(base, order, seed, folder / f"sequential-{seed}"), stack),
     }
+
+
+WAYS = (*KINDS, "words left out", "fused", "fused preserved", "ties", "one patch", "sequential")
 
 
 def cells_of(erased: Sequence[str], *, count: int, salt: int) -> Iterator[tuple[str, Cell]]:
@@ -142,75 +165,116 @@ def cells_of(erased: Sequence[str], *, count: int, salt: int) -> Iterator[tuple[
         yield "kept", cell(*pairs[i % len(pairs)])
 
 
+Answers = dict[str, list[tuple[str, bool]]]
+"""Names of what was asked for, and whether it was seen: erased concepts, kept objects, kept styles."""
+
+
 def judge(
     quick: Base, evaluator: Evaluator, erased: Sequence[str], rows: Sequence[tuple[str, Cell]], patches: Sequence[Patch]
-) -> dict[str, list[bool]]:
-    """Hits: erased concepts still there, kept objects and kept styles still there."""
+) -> Answers:
+    """What is seen of erased concepts, kept objects and kept styles with the patches active."""
     seen = evaluator.judge(draw(quick, [c for _, c in rows], patches))
-    hits: dict[str, list[bool]] = {"erased": [], "objects": [], "styles": []}
+    answers: Answers = {"erased": [], "objects": [], "styles": []}
     for (group, c), obj, style in zip(rows, seen.objects, seen.styles, strict=True):
+        asked = [(c.obj, obj == c.obj), (c.style, style == c.style)]
         if group == "erased":
-            hits["erased"].append(obj == c.obj if c.obj in erased else style == c.style)
+            answers["erased"].append(asked[0] if c.obj in erased else asked[1])
         else:
-            hits["objects"].append(obj == c.obj)
-            hits["styles"].append(style == c.style)
-    return hits
+            answers["objects"].append(asked[0])
+            answers["styles"].append(asked[1])
+    return answers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/stacking"))
-    parser.add_argument("--only", default="", help="ways whose name contains this")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--orders", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--weights", type=float, nargs="+", default=[1.0])
     parser.add_argument("--pictures", type=int, default=400, help="of each figure, over all orders and seeds")
     args = parser.parse_args()
     base, quick, evaluator = load_base("emoji"), load_base("emoji", dtype="bf16"), load_evaluator("measure")
-    jobs = [(k, o, s) for k in args.k for o in range(args.orders) for s in range(args.seeds)]
+    jobs = list(itertools.product(args.k, range(args.orders), range(args.seeds), ("base", *args.ways), args.weights))
     count = -(-args.pictures // (args.orders * args.seeds))
-    found: dict[str, dict[int, dict[str, list[bool]]]] = {}
-    for k, o, s in track(jobs, description="stacking"):
+    for k, o, s, way, weight in track(jobs, description="stacking"):
         order = random.Random(o).sample(POOL, k=len(POOL))[:k]
         rows = list(cells_of(order, count=count, salt=1000 * o + s))
-        ways = {n: w for n, w in ways_of(base, order, s, args.out / "patches").items() if args.only in n}
-        for way, (trained, together) in {"base": (list, stack), **ways}.items():
-            patches = trained()
-            made_of = repr((quick.fingerprint, evaluator.digest, [p.digest for p in patches], order, rows))
-            digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-            path = args.out / "hits" / f"{way} {k} {o} {s} {digest}.json".replace(" ", "-")
-            if not path.exists():
-                hits = judge(quick, evaluator, order, rows, [together(patches)] if patches else [])
-                write_file(path, json.dumps(hits).encode())
-            for group, values in json.loads(path.read_text()).items():
-                found.setdefault(way, {}).setdefault(k, {}).setdefault(group, []).extend(values)
+        trained, together = ways_of(base, order, s, args.out / "patches")[way]
+        patches = trained()
+        made_of = repr((quick.fingerprint, evaluator.digest, [p.digest for p in patches], order, rows))
+        digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+        name = f"{way} {k} {o} {s} {weight:g} {digest}.json".replace(", ", "-").replace(" ", "-")
+        path = args.out / "answers" / name
+        if not path.exists() and not (way == "base" and weight != 1):
+            answers = judge(quick, evaluator, order, rows, [stack([together(patches)], [weight])] if patches else [])
+            told = {"way": way if weight == 1 else f"{way} × {weight:g}", "k": k, "erased": order, "answers": answers}
+            write_file(path, json.dumps(told).encode())
+    found = [json.loads(path.read_text()) for path in sorted((args.out / "answers").glob("*.json"))]
     table(found)
-    plot(found, args.out / "stacking.png")
+    plot([row for row in found if "×" not in row["way"]], args.out / "stacking.png")
 
 
-def table(found: Mapping[str, Mapping[int, Mapping[str, list[bool]]]]) -> None:
-    """Print the rates with 95 % intervals."""
-    print("| way | k | erased concepts left | kept objects | kept styles |\n|---|---|---|---|---|")
-    for way, by_k in found.items():
-        for k, groups in by_k.items():
-            shown = [rate(groups[g]).interval() for g in ("erased", "objects", "styles")]
-            print(f"| {way} | {k} | {' | '.join(shown)} |")
+def hits_of(found: Sequence[Mapping[str, Any]], group: str, *, near: bool = False) -> list[bool]:
+    """Whether what was asked for was seen, over several rows; of neighbours of erased concepts alone if `near`."""
+    return [
+        hit
+        for row in found
+        for close in [{n for e in row["erased"] for n in NEIGHBOURS.get(e, ())}]
+        for name, hit in row["answers"][group]
+        if not near or name in close
+    ]
 
 
-def plot(found: Mapping[str, Mapping[int, Mapping[str, list[bool]]]], path: Path) -> None:
+def by_way(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Mapping[str, Any]]]]:
+    """The rows by way and number of patches, in the order of `WAYS`."""
+    order = {way: i for i, way in enumerate(("base", *WAYS))}
+    ways = sorted({row["way"] for row in found}, key=lambda w: (order.get(w.split(" ×")[0], 99), w))
+    return {w: {k: [r for r in found if (r["way"], r["k"]) == (w, k)] for k in ks_of(found, w)} for w in ways}
+
+
+def ks_of(found: Sequence[Mapping[str, Any]], way: str) -> list[int]:
+    """The numbers of patches that there are answers for."""
+    return sorted({row["k"] for row in found if row["way"] == way})
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rates with 95 % intervals, those of neighbours of erased concepts apart."""
+    print(
+        "| way | k | n | erased concepts left | kept objects | kept styles | neighbours kept |\n|---|---|---|---|---|---|---|"
+    )
+    for way, by_k in by_way(found).items():
+        for k, rows in by_k.items():
+            groups = [hits_of(rows, g) for g in ("erased", "objects", "styles")]
+            near = hits_of(rows, "objects", near=True) + hits_of(rows, "styles", near=True)
+            shown = [rate(hits).interval() if hits else "" for hits in (*groups, near)]
+            print(f"| {way} | {k} | {len(groups[0])} | {' | '.join(shown)} |")
+    for k, rows in by_way(found).get("words left out", {}).items():
+        answers = [answer for row in rows for answer in row["answers"]["objects"]]
+        parts = [[hit for name, hit in answers if (name in LEFT_OUT) == out] for out in (True, False)]
+        print(
+            f"words left out, k = {k}: {rate(parts[0]).interval()} of those, {rate(parts[1]).interval()} of the others"
+        )
+
+
+def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw erased and kept over the number of patches."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
     titles = {"erased": "erased concepts still drawn", "objects": "kept objects", "styles": "kept styles"}
     for axes, (group, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for way, by_k in found.items():
-            rates = [rate(by_k[k][group]) for k in by_k]
+        for way, by_k in by_way(found).items():
+            rates = [rate(hits_of(rows, group)) for rows in by_k.values()]
             errors = [[r.value - r.low for r in rates], [r.high - r.value for r in rates]]
             style = {"color": "black", "linestyle": ":"} if way == "base" else {}
+            style |= {"linewidth": 3} if way == "keyed" else {}
             axes.errorbar(list(by_k), [r.value for r in rates], errors, label=way, capsize=2, **style)
-        axes.set(title=title, xscale="log", xlabel="patches", ylim=(-0.02, 1.02))
-        axes.set_xticks(list(next(iter(found.values()))), [str(k) for k in next(iter(found.values()))])
+        ks = sorted({row["k"] for row in found})
+        axes.set(title=title, xscale="log", xlabel="patches put together", ylim=(-0.03, 1.03))
+        axes.set_xticks(ks, [str(k) for k in ks])
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[-1].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

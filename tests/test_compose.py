@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import same, weights_of
+from diffusers import DiffusionPipeline
 from tiny import tiny_pipeline
 from torch import Tensor
 
 from esd_lora.bases import Base
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.compose import attach, check_fits, compress, concepts_of, stack
-from esd_lora.errors import PatchError
+from esd_lora.errors import BaseModelError, PatchError
 from esd_lora.patch import Patch, load_patch
 from esd_lora.pictures import generate
 
@@ -52,6 +53,26 @@ def test_patches_sum_with_their_weights(base: Base, patch: Patch, other: Patch, 
     # float32 sums of 32 products of size ~10: 32 · 2⁻²⁴ · 10 ≈ 2e-5
     torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-4)
     assert (exact - x.double() @ w.T).abs().max() > 1
+
+
+def test_a_plain_pipeline_takes_patches_and_set_adapters_goes_on_working(patch: Patch, other: Patch) -> None:
+    pipe = tiny_pipeline()
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    w = pipe.unet.get_submodule(LAYER).weight.double().clone()
+    names = attach(pipe, [patch, other])
+    pipe.set_adapters(names, [0.5, -2.0])
+    exact = x.double() @ (w + 0.5 * delta(patch) - 2 * delta(other)).T
+    torch.testing.assert_close(pipe.unet.get_submodule(LAYER)(x).double(), exact, rtol=1e-5, atol=1e-4)  # as above
+    pipe.unet.unload_lora()
+    assert torch.equal(pipe.unet.get_submodule(LAYER).weight.double(), w)
+
+
+def test_a_pipeline_of_another_family_is_refused(patch: Patch) -> None:
+    class StrangePipeline(DiffusionPipeline):
+        """Of no family that is known here."""
+
+    with pytest.raises(BaseModelError, match=r"^StrangePipeline is not supported; supported: StableDiffusionPipeline$"):
+        attach(StrangePipeline(), [patch])
 
 
 def test_a_weight_of_0_is_the_base(base: Base, patch: Patch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from esd_lora.bases.base import Base, Condition, fingerprint_of
@@ -14,7 +15,7 @@ from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.errors import BaseModelError
 from esd_lora.recipe import DType
 
-__all__ = ["Base", "Condition", "load_base", "local_file", "pick_device"]
+__all__ = ["Base", "Condition", "base_of", "load_base", "local_file", "pick_device"]
 
 FAMILIES: dict[str, type[Base]] = {"StableDiffusionPipeline": StableDiffusionBase}
 """Pipeline class, as `model_index.json` names it → contract."""
@@ -61,6 +62,18 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     fingerprint = fingerprint_of(getattr(pipe, FAMILIES[kind].prefix))
     pipe.to(where, DTYPES[dtype])
     return FAMILIES[kind](pipe, name=name, revision=revision, fingerprint=fingerprint)
+
+
+def base_of(pipe: DiffusionPipeline) -> Base:
+    """The contract around a pipeline that is loaded already, which it freezes.
+
+    Raises:
+        BaseModelError: It is of no known family.
+    """
+    kind = type(pipe).__name__
+    if kind not in FAMILIES:
+        raise BaseModelError(f"{kind} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[kind](pipe, name=pipe.name_or_path or kind)
 
 
 def pick_device(name: str | None) -> torch.device:
