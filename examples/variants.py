@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def main() -> None:
             task = bar.add_task(label, total=len(cells))
             return evaluator.judge(draw(quick, cells, patches, on_batch=lambda n: bar.advance(task, n)))
 
-    print("| variant | UA | IRA | CRA | worst three | time | forward passes |\n|---|---|---|---|---|---|---|")
+    print("| variant | UA | IRA | CRA | worst three | forward passes |\n|---|---|---|---|---|---|")
     for name, fields in VARIANTS.items():
         if args.only not in name:
             continue
@@ -68,13 +67,11 @@ def main() -> None:
         digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
         path = args.out / f"{args.concept} {name} {digest}.json".replace(" ", "-").replace(":", "")
         if not path.exists():
-            started = time.monotonic()
             patch = train(recipe, base)
-            seconds = time.monotonic() - started
             bare = bare or judge(cells, "base")
             found = score(args.concept, cells, judge(cells, name, patch), bare, evaluator)
             passes = patch.info["cost"]["forward_passes"]
-            row = {"scores": found.to_dict(), "seconds": seconds, "forward_passes": passes}
+            row = {"scores": found.to_dict(), "forward_passes": passes}
             write_file(path, json.dumps(row, indent=2).encode())
         print(table_row(name, json.loads(path.read_text())), flush=True)
 
@@ -84,7 +81,7 @@ def table_row(name: str, row: dict[str, Any]) -> str:
     scores = row["scores"]
     shown = [Rate(**scores[k]).interval() for k in ("ua", "ira", "cra")]
     worst = ", ".join(f"{n} {100 * r['value']:.0f}" for n, r in scores["worst"].items())
-    return f"| {name} | {' | '.join(shown)} | {worst} | {row['seconds']:.1f} s | {row['forward_passes']:,} |"
+    return f"| {name} | {' | '.join(shown)} | {worst} | {row['forward_passes']:,} |"
 
 
 if __name__ == "__main__":
