@@ -105,6 +105,12 @@ def test_what_a_patch_erases_as_well_is_not_asked_to_be_kept() -> None:
     assert sum(c.style == "ink" for c in ink.cells) == 2 * (len(OBJECTS) - 2)
 
 
+def test_two_hundred_pictures_are_left_where_a_patch_erases_more() -> None:
+    patch = patch_of({"erase": "cat"}, {"erase": "bus"}, {"erase": "ink style"})
+    for job in jobs_of(patch, target_seeds=None, kept_seeds=1):
+        assert 200 <= sum(job.target in (c.obj, c.style) for c in job.cells) < 220
+
+
 def test_hats_erased_from_two_are_not_elsewhere() -> None:
     patch = patch_of(*({"erase": "party hat", "from": f"a {w} with a party hat"} for w in ("cat", "dog")))
     cat, dog = jobs_of(patch, target_seeds=1, kept_seeds=1)
