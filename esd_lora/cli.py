@@ -259,11 +259,9 @@ def stack(
     as_json: Json = False,
 ) -> None:
     """Put several patches into one that does what they do together, exactly, or compressed to a rank."""
-    loaded = _patches(patch)
+    loaded = _patches(patch, out=out)
     from esd_lora import compose
-    from esd_lora.patch import check_empty
 
-    check_empty(out)
     made, lost = compose.stack(*loaded), {}
     if rank is not None:
         made, errors = compose.compress(made, rank)
@@ -283,11 +281,9 @@ def fuse(
     quiet: Quiet = False,
 ) -> None:
     """Put patches with learned keys into one, so that each acts on its own inputs and none elsewhere."""
-    loaded = _patches(patch)
+    loaded = _patches(patch, out=out)
     from esd_lora import fusing
-    from esd_lora.patch import check_empty
 
-    check_empty(out)
     model = _base(base, revision=revision, device=device)
     with _progress("fuse", None, quiet=quiet) as step:
         made = fusing.fuse(model, *loaded, on_trajectories=lambda n, of: step(n, None, of))
@@ -336,11 +332,9 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Write the base with patches in its weights for good, as a pipeline that needs neither us nor peft."""
-    loaded = _patches(patch)
+    loaded = _patches(patch, out=out)
     from esd_lora import merging
-    from esd_lora.patch import check_empty
 
-    check_empty(out)
     folder = merging.merge(_base(base, revision=revision, device="cpu"), *loaded, out=out, dtype=dtype)
     erased = [c["erase"] for p, w in zip(*loaded, strict=True) if w for c in p.concepts]
     _print({"pipeline": str(folder), "base": base, "erased": erased}, as_json=as_json)
@@ -394,13 +388,18 @@ def _recipe(
     return make_recipe(values, source=recipe or "options")
 
 
-def _patches(texts: list[str]) -> tuple[list[Patch], list[float]]:
-    """Patches and their weights, from `path` or `path:weight` each.
+def _patches(texts: list[str], *, out: Path | None = None) -> tuple[list[Patch], list[float]]:
+    """Patches and their weights, from `path` or `path:weight` each; before anything heavy is loaded to make `out` of them.
 
     Raises:
         PatchError: See `_patch`.
+        OutputError: `out` holds something.
     """
     found = [_patch(t) for t in texts]
+    if out:
+        from esd_lora.patch import check_empty
+
+        check_empty(out)
     return [p for p, _ in found], [w for _, w in found]
 
 

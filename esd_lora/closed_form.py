@@ -97,17 +97,12 @@ def edit_moments(base: Base, concepts: Sequence[Concept], *, eta: float) -> tupl
         forms = (concept.prompt,) if concept.from_ else (concept.erase, *concept.synonyms)
         for form in dict.fromkeys(forms):
             asked, instead, bare = (in_templates(f, words, like=form) for f in (form, concept.anchor, ""))
-            c = _states(base, asked)
+            c = base.text_states(asked, length=LENGTH)
             a, n = (_moved(base, asked, other) for other in (instead, bare))
             c, a, n = (x.flatten(0, 1).double() for x in (c, a, n))
             hit, move = hit + c.T @ c, move + (a - eta * (c - n) - c).T @ c
             count += len(c)
     return hit / count, move / count
-
-
-def _states(base: Base, prompts: Sequence[str]) -> Tensor:
-    """The text states of prompts, (N, L, D)."""
-    return base.text_states(prompts, length=LENGTH)
 
 
 def _moved(base: Base, asked: Sequence[str], instead: Sequence[str]) -> Tensor:
@@ -116,7 +111,7 @@ def _moved(base: Base, asked: Sequence[str], instead: Sequence[str]) -> Tensor:
     Places before the first difference are the same; those after it are counted from the end, so that what follows the
     concept meets itself, its last word the anchor's last, and its words that the anchor has no room for what comes next.
     """
-    states = _states(base, instead)
+    states = base.text_states(instead, length=LENGTH)
     asked_ids, instead_ids = (base.token_ids(p, length=LENGTH) for p in (asked, instead))
     rows = [places(a, b) for a, b in zip(asked_ids, instead_ids, strict=True)]
     return torch.stack([s[r] for s, r in zip(states, rows, strict=True)])

@@ -11,7 +11,7 @@ and with the base's own rate on the same prompts and the same noise; `retained` 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,13 +88,16 @@ ENOUGH = 200
 """Pictures of a target where nobody asks for another number: a rate of 95 % is then known to within 4 %."""
 
 
-def answer_set(target: str, *, target_seeds: int | None = None, kept_seeds: int = 2) -> list[Cell]:
+def answer_set(
+    target: str, *, without: Collection[str] = (), target_seeds: int | None = None, kept_seeds: int = 2
+) -> list[Cell]:
     """The pictures that an erasure is judged by: every object in every style, the target's cells more often.
 
     A cell's seeds follow from the cell alone, not from the order or the target.
 
     Args:
         target: The erased object or style.
+        without: Objects and styles whose cells are left out.
         target_seeds: Pictures of each of the target's cells; by default `ENOUGH` in all.
         kept_seeds: Pictures of every other cell.
 
@@ -104,10 +107,13 @@ def answer_set(target: str, *, target_seeds: int | None = None, kept_seeds: int 
     if target not in (*OBJECTS, *STYLES):
         known = ", ".join((*OBJECTS, *STYLES))
         raise RecipeError(f"{target}: not a concept that the evaluators know: {known}")
-    target_seeds = target_seeds or math.ceil(ENOUGH / len(STYLES if target in OBJECTS else OBJECTS))
+    crossing = [name for name in (STYLES if target in OBJECTS else OBJECTS) if name not in without]
+    target_seeds = target_seeds or math.ceil(ENOUGH / max(1, len(crossing)))
     cells = []
     for o, obj in enumerate(OBJECTS):
         for s, style in enumerate(STYLES):
+            if obj in without or style in without:
+                continue
             first = FIRST_SEED + 1000 * (o * len(STYLES) + s)
             count = target_seeds if target in (obj, style) else kept_seeds
             cells += [Cell(obj, style, first + k) for k in range(count)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,6 @@ from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.emoji.vocabulary import ACCESSORY, NEIGHBOURS, OBJECTS, STYLES, WEARERS
 from esd_lora.errors import RecipeError
 from esd_lora.evaluate import (
-    ENOUGH,
     AttributeScores,
     Cell,
     Scores,
@@ -168,11 +166,9 @@ def jobs_of(patch: Patch, *, target_seeds: int | None, kept_seeds: int) -> list[
         if wearer:
             worn = [c for w in WEARERS if w not in hatless for c in accessory_set(w, seeds=kept_seeds)]
             cells = [*accessory_set(wearer, seeds=target_seeds), *worn, *whole_grid(seeds=kept_seeds)]
+            cells = [c for c in cells if not others & {c.obj, c.style}]
         else:
-            left = sum(not others & {c.obj, c.style} and target in (c.obj, c.style) for c in whole_grid(seeds=1))
-            seeds = target_seeds or math.ceil(ENOUGH / max(1, left))
-            cells = answer_set(target, target_seeds=seeds, kept_seeds=kept_seeds)
-        cells = [c for c in cells if not others & {c.obj, c.style}]
+            cells = answer_set(target, without=others, target_seeds=target_seeds, kept_seeds=kept_seeds)
         asked = [c.hat and c.obj == wearer if wearer else target in (c.obj, c.style) for c in cells]
         if not any(asked) or all(asked):
             raise RecipeError(f"{target}: the patch erases all that it would be measured by")
