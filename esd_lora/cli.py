@@ -36,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-stderr = Console(stderr=True, highlight=False)
+stderr = Console(stderr=True, highlight=False, emoji=False)
 
 BaseName = Annotated[str | None, typer.Option("--base", help="emoji, a folder with a diffusers pipeline, or a Hub id.")]
 OnBase = Annotated[str, typer.Option("--base", help="emoji, a folder with a diffusers pipeline, or a Hub id.")]
@@ -469,7 +469,7 @@ def _print(data: Mapping[str, Any], *, as_json: bool) -> None:
 
 def _show(table: Table) -> None:
     """A table on stdout, as wide as the terminal."""
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    Console(highlight=False, emoji=False, markup=False, width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

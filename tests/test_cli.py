@@ -254,6 +254,11 @@ def test_the_hint_after_training_is_a_command_that_runs(
     shutil.rmtree(patch_folder / "pictures")
 
 
+def test_what_looks_like_an_emoji_code_is_printed_as_it_is(call: Call, patch_folder: Path) -> None:
+    result = call("stack", f"{patch_folder}:x:", "--out", "stack")
+    assert (result.code, result.err.strip().startswith(f"error: {patch_folder}:x:: the weight")) == (2, True)
+
+
 def test_a_recipe_can_be_set_without_a_file(call: Call, tiny_folder: Path) -> None:
     result = call("plan", "--set", f"base={tiny_folder}", "--set", "concepts=[cat, dog]", "--json")
     assert result.code == 0
