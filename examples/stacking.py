@@ -1,11 +1,12 @@
 """How many patches can be put together? Kept and erased for 1 to 16 patches, by kind of patch and way of putting them together.
 
-    python examples/stacking.py --out runs/stacking [--ways keyed uce] [--k 1 2 4 8 16] [--orders 3] [--seeds 3] [--weights 1]
+    python examples/stacking.py --out runs/stacking [--ways keyed uce] [--k 1 2 4 8 16] [--runs 3] [--weights 1]
 
-For each order of the concepts and each training seed the first k patches are put together and the grid is drawn: pictures
-of an erased concept with nothing else erased in them, and pictures with nothing erased. Patches and answers are kept on disk,
-so that the script goes on where it stopped. At the end it prints a table and draws `stacking.png` of all answers in the
-folder; after a change of how patches are put together, choose another.
+A run has an order of the concepts and a training seed of its own: its first k patches are put together and the grid is drawn,
+pictures of an erased concept with nothing else erased in them, and pictures with nothing erased. Patches are kept in the
+folder and answers in `stacking.json`, so that the script goes on where it stopped; after a change of how patches are made or
+put together, choose another. At the end it prints a table and draws `stacking.png` of all answers that there are. Those of
+the README are docs/stacking.json: with a copy of it in the folder the script adds to them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from esd_lora.closed_form import edit_moments, patch_tensors
 from esd_lora.compose import stack
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES
-from esd_lora.evaluate import FIRST_SEED, Cell, draw, rate
+from esd_lora.evaluate import FIRST_SEED, Cell, Rate, draw, rate
 from esd_lora.fusing import fuse
 from esd_lora.keys import mean_moment, named_words, prompts_of, words_of
 from esd_lora.merging import merged_denoiser
@@ -69,8 +70,9 @@ def named_as(concept: str) -> dict[str, Any]:
 
 
 def patch_of(base: Base, concepts: Sequence[str], kind: str, seed: int, folder: Path) -> Patch:
-    """The trained patch of a kind, from disk where it is there."""
-    fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, **KINDS[kind]}
+    """The trained patch of a kind, from disk where it is there; of several concepts it has as many steps as one of each."""
+    steps = {"steps": 90 * len(concepts)} if len(concepts) > 1 else {}
+    fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, **steps, **KINDS[kind]}
     return train(Recipe.model_validate(fields), base, out=folder, resume=True)
 
 
@@ -143,7 +145,7 @@ def ways_of(base: Base, order: Sequence[str], seed: int, folder: Path) -> Mappin
     }
 
 
-WAYS = (*KINDS, "words left out", "fused", "fused preserved", "ties", "one patch", "sequential")
+WAYS = ("base", *KINDS, "words left out", "fused", "fused preserved", "ties", "one patch", "sequential")
 
 
 def cells_of(erased: Sequence[str], *, count: int, salt: int) -> Iterator[tuple[str, Cell]]:
@@ -165,8 +167,8 @@ def cells_of(erased: Sequence[str], *, count: int, salt: int) -> Iterator[tuple[
         yield "kept", cell(*pairs[i % len(pairs)])
 
 
-Answers = dict[str, list[tuple[str, bool]]]
-"""Names of what was asked for, and whether it was seen: erased concepts, kept objects, kept styles."""
+Answers = dict[str, dict[str, tuple[int, int]]]
+"""Of erased concepts, kept objects and kept styles, by name: how often each was seen, and how often it was asked for."""
 
 
 def judge(
@@ -174,14 +176,17 @@ def judge(
 ) -> Answers:
     """What is seen of erased concepts, kept objects and kept styles with the patches active."""
     seen = evaluator.judge(draw(quick, [c for _, c in rows], patches))
-    answers: Answers = {"erased": [], "objects": [], "styles": []}
+    answers: Answers = {"erased": {}, "objects": {}, "styles": {}}
+
+    def note(group: str, name: str, hit: bool) -> None:
+        hits, n = answers[group].get(name, (0, 0))
+        answers[group][name] = (hits + hit, n + 1)
+
     for (group, c), obj, style in zip(rows, seen.objects, seen.styles, strict=True):
-        asked = [(c.obj, obj == c.obj), (c.style, style == c.style)]
-        if group == "erased":
-            answers["erased"].append(asked[0] if c.obj in erased else asked[1])
-        else:
-            answers["objects"].append(asked[0])
-            answers["styles"].append(asked[1])
+        if group == "kept" or c.obj in erased:
+            note("erased" if group == "erased" else "objects", c.obj, obj == c.obj)
+        if group == "kept" or c.style in erased:
+            note("erased" if group == "erased" else "styles", c.style, style == c.style)
     return answers
 
 
@@ -190,53 +195,55 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/stacking"))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--orders", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--runs", type=int, default=3, help="orders of the concepts, each with a training seed of its own"
+    )
     parser.add_argument("--weights", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--pictures", type=int, default=400, help="of each figure, over all orders and seeds")
+    parser.add_argument("--pictures", type=int, default=400, help="of erased and as many of kept ones, over all runs")
     args = parser.parse_args()
     base, quick, evaluator = load_base("emoji"), load_base("emoji", dtype="bf16"), load_evaluator("measure")
-    jobs = list(itertools.product(args.k, range(args.orders), range(args.seeds), ("base", *args.ways), args.weights))
-    count = -(-args.pictures // (args.orders * args.seeds))
-    for k, o, s, way, weight in track(jobs, description="stacking"):
-        order = random.Random(o).sample(POOL, k=len(POOL))[:k]
-        rows = list(cells_of(order, count=count, salt=1000 * o + s))
-        trained, together = ways_of(base, order, s, args.out / "patches")[way]
+    path, count = args.out / "stacking.json", -(-args.pictures // args.runs)
+    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    for way, k, run, weight in track(list(itertools.product(args.ways, args.k, range(args.runs), args.weights))):
+        order = random.Random(run).sample(POOL, k=len(POOL))[:k]
+        rows = list(cells_of(order, count=count, salt=1000 * k + run))
+        asked = repr((quick.fingerprint, evaluator.digest, way, KINDS.get(way), order, run, weight, rows))
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        if digest in {row["digest"] for row in found}:
+            continue
+        trained, together = ways_of(base, order, run, args.out / "patches")[way]
         patches = trained()
-        made_of = repr((quick.fingerprint, evaluator.digest, [p.digest for p in patches], order, rows))
-        digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-        name = f"{way} {k} {o} {s} {weight:g} {digest}.json".replace(", ", "-").replace(" ", "-")
-        path = args.out / "answers" / name
-        if not path.exists() and not (way == "base" and weight != 1):
-            answers = judge(quick, evaluator, order, rows, [stack([together(patches)], [weight])] if patches else [])
-            told = {"way": way if weight == 1 else f"{way} × {weight:g}", "k": k, "erased": order, "answers": answers}
-            write_file(path, json.dumps(told).encode())
-    found = [json.loads(path.read_text()) for path in sorted((args.out / "answers").glob("*.json"))]
+        answers = judge(quick, evaluator, order, rows, [stack([together(patches)], [weight])] if patches else [])
+        row = {"way": way, "weight": weight, "k": k, "run": run, "digest": digest, "erased": order, "answers": answers}
+        found.append(row)
+        write_file(path, ("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n").encode())
     table(found)
-    plot([row for row in found if "×" not in row["way"]], args.out / "stacking.png")
+    plot([row for row in found if row["weight"] == 1], args.out / "stacking.png")
 
 
-def hits_of(found: Sequence[Mapping[str, Any]], group: str, *, near: bool = False) -> list[bool]:
-    """Whether what was asked for was seen, over several rows; of neighbours of erased concepts alone if `near`."""
-    return [
-        hit
-        for row in found
-        for close in [{n for e in row["erased"] for n in NEIGHBOURS.get(e, ())}]
-        for name, hit in row["answers"][group]
-        if not near or name in close
-    ]
+def rate_of(counts: Iterable[tuple[int, int]]) -> Rate:
+    """The rate over several names."""
+    hits, n = map(sum, zip(*counts, strict=True))
+    return rate([i < hits for i in range(n)])
+
+
+def seen(found: Sequence[Mapping[str, Any]], group: str, *, only: Collection[str] = ()) -> list[tuple[int, int]]:
+    """How often what was asked for was seen, over several rows; of some names only if any are given."""
+    return [count for row in found for name, count in row["answers"][group].items() if not only or name in only]
 
 
 def by_way(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Mapping[str, Any]]]]:
-    """The rows by way and number of patches, in the order of `WAYS`."""
-    order = {way: i for i, way in enumerate(("base", *WAYS))}
-    ways = sorted({row["way"] for row in found}, key=lambda w: (order.get(w.split(" ×")[0], 99), w))
-    return {w: {k: [r for r in found if (r["way"], r["k"]) == (w, k)] for k in ks_of(found, w)} for w in ways}
-
-
-def ks_of(found: Sequence[Mapping[str, Any]], way: str) -> list[int]:
-    """The numbers of patches that there are answers for."""
-    return sorted({row["k"] for row in found if row["way"] == way})
+    """The rows by way and number of patches, in the order of `WAYS` and of the weights."""
+    order = sorted({(WAYS.index(row["way"]), row["weight"]) for row in found})
+    ks = sorted({row["k"] for row in found})
+    rows = {
+        (i, weight): {
+            k: [r for r in found if (WAYS.index(r["way"]), r["weight"], r["k"]) == (i, weight, k)] for k in ks
+        }
+        for i, weight in order
+    }
+    named = {(i, weight): WAYS[i] if weight == 1 else f"{WAYS[i]} × {weight:g}" for i, weight in order}
+    return {named[key]: {k: there for k, there in by_k.items() if there} for key, by_k in rows.items()}
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> None:
@@ -246,16 +253,18 @@ def table(found: Sequence[Mapping[str, Any]]) -> None:
     )
     for way, by_k in by_way(found).items():
         for k, rows in by_k.items():
-            groups = [hits_of(rows, g) for g in ("erased", "objects", "styles")]
-            near = hits_of(rows, "objects", near=True) + hits_of(rows, "styles", near=True)
-            shown = [rate(hits).interval() if hits else "" for hits in (*groups, near)]
-            print(f"| {way} | {k} | {len(groups[0])} | {' | '.join(shown)} |")
+            near = [
+                count
+                for row in rows
+                for group in ("objects", "styles")
+                for count in seen([row], group, only={n for e in row["erased"] for n in NEIGHBOURS.get(e, ())} or {""})
+            ]
+            groups = [seen(rows, group) for group in ("erased", "objects", "styles")]
+            shown = [rate_of(counts).interval() if counts else "" for counts in (*groups, near)]
+            print(f"| {way} | {k} | {sum(n for _, n in groups[0])} | {' | '.join(shown)} |")
     for k, rows in by_way(found).get("words left out", {}).items():
-        answers = [answer for row in rows for answer in row["answers"]["objects"]]
-        parts = [[hit for name, hit in answers if (name in LEFT_OUT) == out] for out in (True, False)]
-        print(
-            f"words left out, k = {k}: {rate(parts[0]).interval()} of those, {rate(parts[1]).interval()} of the others"
-        )
+        parts = [rate_of(seen(rows, "objects", only=only)) for only in (LEFT_OUT, set(OBJECTS) - set(LEFT_OUT))]
+        print(f"words left out, k = {k}: {parts[0].interval()} of those, {parts[1].interval()} of the others")
 
 
 def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -264,9 +273,9 @@ def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     titles = {"erased": "erased concepts still drawn", "objects": "kept objects", "styles": "kept styles"}
     for axes, (group, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for way, by_k in by_way(found).items():
-            rates = [rate(hits_of(rows, group)) for rows in by_k.values()]
+            rates = [rate_of(seen(rows, group)) for rows in by_k.values()]
             errors = [[r.value - r.low for r in rates], [r.high - r.value for r in rates]]
-            style = {"color": "black", "linestyle": ":"} if way == "base" else {}
+            style: dict[str, Any] = {"color": "black", "linestyle": ":"} if way == "base" else {}
             style |= {"linewidth": 3} if way == "keyed" else {}
             axes.errorbar(list(by_k), [r.value for r in rates], errors, label=way, capsize=2, **style)
         ks = sorted({row["k"] for row in found})
