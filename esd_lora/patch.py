@@ -35,6 +35,8 @@ from esd_lora.recipe import Concept
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 SCHEMA = 1
+PREFIXES = ("unet", "transformer")
+"""The denoiser's name in a pipeline."""
 
 
 # ---- what a header tells, as far as anything here reads it ------------------------------------------------------
@@ -87,7 +89,8 @@ PARTS: TypeAdapter[Any] = TypeAdapter(Parts)
 class Patch:
     """An erasure patch: tensors by diffusers' names and a JSON document about them.
 
-    tensors: `unet.<module>.lora_A.weight` (r, in) and `….lora_B.weight` (out, r), on the CPU.
+    tensors: `unet.<module>.lora_A.weight` (r, in) and `….lora_B.weight` (out, r), on the CPU; `transformer.` where the
+        denoiser is one.
     info: `schema`, `recipe`, `base`, `versions`, `cost`, `loss`, and `scores` once measured; of a stack `base` and
         `stack`, with weight, digest, recipe and base of each part; `fused` and `compressed` where it was.
     """
@@ -99,6 +102,11 @@ class Patch:
     def ranks(self) -> dict[str, int]:
         """Rank of each adapted module, by its name with the denoiser's prefix."""
         return {k.removesuffix(".lora_A.weight"): len(v) for k, v in self.tensors.items() if ".lora_A." in k}
+
+    @property
+    def prefix(self) -> str:
+        """What diffusers' LoRA files put before the names of the denoiser's modules: `unet` or `transformer`."""
+        return next(iter(self.tensors)).split(".", 1)[0]
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -130,15 +138,15 @@ class Patch:
         """
         path = Path(path)
         file = path if path.suffix == ".safetensors" else path / FILE_NAME
-        ranks = self.ranks
+        ranks, prefix = self.ranks, self.prefix
         adapter: dict[str, Any] = {
-            "unet.r": max(ranks.values()),
-            "unet.lora_alpha": max(ranks.values()),
-            "unet.target_modules": sorted(k.split(".", 1)[1] for k in ranks),
+            f"{prefix}.r": max(ranks.values()),
+            f"{prefix}.lora_alpha": max(ranks.values()),
+            f"{prefix}.target_modules": sorted(k.split(".", 1)[1] for k in ranks),
         }
         if len(set(ranks.values())) > 1:
             pattern = {k.split(".", 1)[1]: r for k, r in sorted(ranks.items())}
-            adapter |= {"unet.rank_pattern": pattern, "unet.alpha_pattern": pattern}
+            adapter |= {f"{prefix}.rank_pattern": pattern, f"{prefix}.alpha_pattern": pattern}
         header = {
             "format": "pt",
             "esd_lora": json.dumps({"schema": SCHEMA, **self.info}, sort_keys=True),
@@ -259,8 +267,9 @@ def _scaled(file: Path, tensors: Mapping[str, Tensor], text: str) -> dict[str, T
         PatchError: The metadata is not what diffusers writes, or contradicts the tensors.
     """
     scaled = dict(tensors)
+    prefix = f"{Patch(tensors).prefix}."
     try:
-        told = {k.removeprefix("unet."): v for k, v in json.loads(text).items() if k.startswith("unet.")}
+        told = {k.removeprefix(prefix): v for k, v in json.loads(text).items() if k.startswith(prefix)}
         for name, rank in Patch(tensors).ranks.items() if told else ():
             r = _told_of(name, told, "r", "rank_pattern")
             alpha = _told_of(name, told, "lora_alpha", "alpha_pattern")
@@ -277,7 +286,7 @@ def _scaled(file: Path, tensors: Mapping[str, Tensor], text: str) -> dict[str, T
 
 def _told_of(name: str, told: Mapping[str, Any], key: str, pattern: str) -> Any:
     """Rank or alpha of a module: that of the first pattern that peft would find in its name, or else of all modules."""
-    module, patterns = name.removeprefix("unet."), told.get(pattern) or {}
+    module, patterns = name.split(".", 1)[1], told.get(pattern) or {}
     return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), told[key])
 
 
@@ -289,6 +298,9 @@ def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     if not tensors:
         raise PatchError(f"{file}: holds no tensors")
+    prefixes = sorted({name.split(".", 1)[0] for name in tensors})
+    if len(prefixes) > 1 or prefixes[0] not in PREFIXES:
+        raise PatchError(f"{file}: adapts {' and '.join(prefixes)}; a patch adapts {' or '.join(PREFIXES)} alone")
     for name, tensor in tensors.items():
         kind = ".lora_A." if ".lora_A." in name else ".lora_B."
         other = tensors.get(name.replace(kind, ".lora_B." if kind == ".lora_A." else ".lora_A."))

@@ -217,6 +217,13 @@ ADAPTER = "its lora_adapter_metadata "
         (adapter('{"unet.r": 3, "unet.lora_alpha": 3}'), f"{ADAPTER}does not fit unet.block.to_k of rank 2"),
         (adapter('{"unet.r": 2, "unet.lora_alpha": 1e99}'), f"{ADAPTER}does not fit unet.block.to_k of rank 2"),
         (lambda path: save_file({}, path), "holds no tensors"),
+        (
+            tensors(
+                {"text_encoder.x.lora_A.weight": torch.ones(2, 3), "text_encoder.x.lora_B.weight": torch.ones(3, 2)}
+            ),
+            "adapts text_encoder and unet; a patch adapts unet or transformer alone",
+        ),
+        (tensors({A: None, B: None, "lora_A": torch.ones(2, 3)}), "adapts lora_A; a patch adapts unet or transformer"),
         (tensors({"unet.conv_in.weight": torch.ones(2, 2)}), f"unet.conv_in.weight {ALIEN}"),
         (tensors({"unet.x.lora_down.weight": torch.ones(2, 2)}), f"unet.x.lora_down.weight {ALIEN}"),
         (tensors({"unet.x.lora_A.bias": torch.ones(2, 2)}), f"unet.x.lora_A.bias {ALIEN}"),
@@ -243,6 +250,14 @@ def test_a_broken_patch_is_refused_in_one_line(breaks: Callable[[Path], None], m
 def test_a_sound_patch_of_another_program_is_accepted(tmp_path: Path) -> None:
     save_file(factors(), tmp_path / "lora.safetensors")  # no header at all
     assert load_patch(tmp_path / "lora.safetensors").info == {}
+
+
+def test_a_patch_of_a_transformer_says_so_in_its_header_and_is_read_again(tmp_path: Path) -> None:
+    made = Patch({k.replace("unet", "transformer"): v for k, v in factors().items()})
+    with safe_open(made.save(tmp_path), framework="pt") as store:
+        told = json.loads(store.metadata()["lora_adapter_metadata"])
+    assert told == {"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.target_modules": ["block.to_k"]}
+    assert same(load_patch(tmp_path).tensors, made.tensors)
 
 
 def test_the_concepts_of_a_loaded_patch_have_all_their_keys(tmp_path: Path) -> None:
