@@ -48,7 +48,7 @@ def patch_tensors(base: Base, recipe: Recipe, hit: Tensor, move: Tensor, kept: T
     """The tensors of the patch that H, J and G give; see `closed_form_patch`."""
     keys = generalised_keys(hit, kept, rank=recipe.rank) if recipe.keys == "closed-form" else None
     tensors = {}
-    for name in base.matched("esd-x-strict"):
+    for name in base.text_layers:
         weight = base.denoiser.get_submodule(name).weight.detach().cpu().double()
         up, down = edit(weight, hit, move, kept, rank=recipe.rank, keep_weight=recipe.preserve_weight, keys=keys)
         tensors[f"{base.prefix}.{name}.lora_A.weight"] = down.float()

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from esd_lora.bases.base import Base
 from esd_lora.compose import check_fits, concepts_of, in_use, stack
-from esd_lora.esd import guided
 from esd_lora.keys import concept_prompts, kept_moment, mean_moment, other_words, ridged
 from esd_lora.patch import Patch
 from esd_lora.trajectories import default_preserve
@@ -106,7 +105,7 @@ def _moments(
     base: Base, layers: Sequence[str], prompts: Sequence[str], text_moment: Callable[[], Tensor], *, steps: int
 ) -> Moments:
     """The second moment of the inputs of each layer: the text's for k and v of cross-attention, or else of features."""
-    text = {f"{base.prefix}.{name}" for name in base.matched("esd-x-strict")}.intersection(layers)
+    text = {f"{base.prefix}.{name}" for name in base.text_layers}.intersection(layers)
     seen = [name for name in layers if name not in text]
     features = _features(base, prompts, seen, steps=steps) if seen else {}
     return features | (dict.fromkeys(text, text_moment()) if text else {})
@@ -127,21 +126,18 @@ def _features(base: Base, prompts: Sequence[str], layers: Sequence[str], *, step
         sums[layer] = sums.get(layer, 0) + moment
         counts[layer] += x.shape[:-1].numel()
 
-    scheduler, null = base.scheduler, base.encode([""])
+    null = base.encode([""], guidance_scale=GUIDANCE_SCALE)
     for first in range(0, len(prompts), BATCH):
-        conditions = base.encode(prompts[first : first + BATCH])
-        scheduler.set_timesteps(steps, device=base.device)
-        seeds = range(first, first + len(conditions))
-        extra = base.pipe.prepare_extra_step_kwargs(torch.Generator(base.device).manual_seed(first), 0.0)
-        x_t = base.initial_latents(seeds).float() * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            x = scheduler.scale_model_input(x_t, t).to(base.dtype)
+        conditions = base.encode(prompts[first : first + BATCH], guidance_scale=GUIDANCE_SCALE)
+        sampler = base.sampler(steps, seed=first)
+        x_t = sampler.start(base.noise(range(first, first + len(conditions))).float())
+        for t in sampler.timesteps:
+            x = sampler.network_input(x_t, t).to(base.dtype)
             ts = t.expand(len(x))
             with _watched(base, layers, add):
                 eps = base.predict(x, ts, conditions)
             eps_null = base.predict(x, ts, null.expand(len(x)))
-            move = guided(eps, eps_null, guidance_scale=GUIDANCE_SCALE).float()
-            x_t = scheduler.step(move, t, x_t, **extra, return_dict=False)[0]
+            x_t = sampler.step(base.guide(eps, eps_null, guidance_scale=GUIDANCE_SCALE).float(), t, x_t)
     return {n: sums[n] / counts[n] for n in layers}
 
 

@@ -66,7 +66,7 @@ def overlap(base: Base, patches: Sequence[Patch], *, on_words: Callable[[int, in
         raise PatchError("name at least one patch")
     base.remove_adapters()
     concepts = [concepts_of(p) for p in patches]
-    text = [f"{base.prefix}.{n}" for n in base.matched("esd-x-strict")]
+    text = [f"{base.prefix}.{n}" for n in base.text_layers]
     for patch in patches:
         check_fits(patch, base)
         if not set(text) & set(patch.ranks):

@@ -45,19 +45,17 @@ def generate(
         on_batch: Called with the number of pictures of each finished batch.
 
     Raises:
-        RecipeError: The number of prompts and seeds differ, or the resolution is not a multiple of 8.
+        RecipeError: The number of prompts and seeds differ, or the resolution is not one that the base can draw.
     """
     if len(prompts) != len(seeds):
         raise RecipeError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
-    if resolution is not None and resolution % 8:
-        raise RecipeError(f"resolution: must be a multiple of 8, got {resolution}")
     base.pipe.to(base.device)
     pictures: Pictures = []
     for start in range(0, len(prompts), batch_size):
         some = slice(start, start + batch_size)
         out = base.pipe(
             list(prompts[some]),
-            latents=base.initial_latents(seeds[some], resolution=resolution),
+            latents=base.packed(base.noise(seeds[some], resolution=resolution)),
             height=resolution,
             width=resolution,
             num_inference_steps=steps,

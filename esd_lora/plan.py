@@ -15,8 +15,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -24,16 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from esd_lora.bases import DTYPES, Base
+from esd_lora.bases import DTYPES, FAMILIES, Base
 from esd_lora.bases.facts import Facts, facts_of, on_meta, size_of
-from esd_lora.bases.stable_diffusion import StableDiffusionBase
-from esd_lora.recipe import Recipe
+from esd_lora.recipe import DType, Recipe
 from esd_lora.training import resolve
 from esd_lora.trajectories import preserve_steps, questions_of
 
 AUTHORS_PER_EXAMPLE = 25 * 2 + 3 + 3
 """The authors' trainer: guided sampling for 25 of 50 steps on average, three of the teacher, three of the student."""
-PROMPT_TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Memory:
     activations: int
     """The most that is alive at once in forward and backward, gradients included."""
     encoders: int
-    """Text encoders and autoencoder, which leave before training."""
+    """Text encoders, which have the device to themselves before training."""
     peak: int
 
 
@@ -101,22 +99,25 @@ def make_plan(recipe: Recipe) -> Plan:
         RecipeError: The rank is above what a layer can use.
     """
     facts = facts_of(recipe.base, recipe.revision)
-    unet: Any = on_meta(UNet2DConditionModel.from_config, facts.unet, recipe.base)
-    nn.Module.to(unet, DTYPES[recipe.dtype])  # diffusers' own `to` warns even where nothing has to stay float32
-    parameters = size_of(unet.parameters())
-    pipe: Any = SimpleNamespace(unet=unet, components={"unet": unet})
-    base = StableDiffusionBase(pipe, name=recipe.base, fingerprint="none, for there are no weights")
+    base = base_on_meta(facts, name=recipe.base, dtype=recipe.dtype)
+    base.check(recipe)
+
+    def denoising_steps(steps: int) -> int:
+        scheduler = base.scheduler
+        base.set_timesteps(scheduler, steps, resolution=recipe.resolution, device=torch.device("cpu"))
+        return len(scheduler.timesteps)
+
+    parameters = size_of(base.denoiser.parameters())
     base.add_adapter(layers=recipe.layers, rank=recipe.rank)
     modules = base.matched(recipe.layers)
     adapters = size_of(base.adapter_parameters())
     if recipe.keys == "closed-form":
         base.freeze_keys(torch.zeros(1, device="meta"))
-    resolution = recipe.resolution or unet.config.sample_size * facts.vae_scale_factor
     return Plan(
         base=recipe.base,
-        family=facts.family,
+        family=base.family,
         prediction_type=facts.prediction_type,
-        resolution=resolution,
+        resolution=base.resolution(recipe.resolution),
         denoiser_parameters=parameters,
         layers=recipe.layers,
         rank=recipe.rank,
@@ -124,9 +125,27 @@ def make_plan(recipe: Recipe) -> Plan:
         first_modules=tuple(modules[:3]),
         adapter_parameters=adapters,
         patch_bytes=4 * adapters,
-        passes=count_passes(recipe, denoising_steps=facts.denoising_steps),
-        memory=_memory(recipe, base, facts, adapters=adapters, side=resolution // facts.vae_scale_factor),
+        passes=count_passes(recipe, denoising_steps=denoising_steps),
+        memory=_memory(recipe, base, facts, adapters=adapters),
     )
+
+
+def base_on_meta(facts: Facts, *, name: str, dtype: DType) -> Base:
+    """The base of these facts on the `meta` device: a denoiser and a scheduler, and nothing else.
+
+    Args:
+        facts: What it is.
+        name: What the user calls it.
+        dtype: Of the denoiser.
+    """
+    family = FAMILIES[facts.pipeline]
+    build = getattr(diffusers, facts.denoiser["_class_name"])
+    denoiser = on_meta(build.from_config, facts.denoiser, name)
+    nn.Module.to(denoiser, DTYPES[dtype])  # diffusers' own `to` warns even where nothing has to stay float32
+    scheduler = getattr(diffusers, facts.scheduler["_class_name"]).from_config(facts.scheduler)
+    parts = {family.prefix: denoiser, "scheduler": scheduler}
+    pipe: Any = SimpleNamespace(**parts, components=parts, vae_scale_factor=facts.vae_scale_factor)
+    return family(pipe, name=name, fingerprint="none, for there are no weights")
 
 
 def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int) -> Passes:
@@ -163,44 +182,37 @@ def _rows(recipe: Recipe) -> int:
 # ---- memory -------------------------------------------------------------------------------------------------
 
 
-def _memory(recipe: Recipe, base: Base, facts: Facts, *, adapters: int, side: int) -> Memory:
-    """Bytes by what they are for; adapters counts their numbers, trained or not, side is that of the latents."""
+def _memory(recipe: Recipe, base: Base, facts: Facts, *, adapters: int) -> Memory:
+    """Bytes by what they are for; adapters counts their numbers, trained or not."""
     each = DTYPES[recipe.dtype].itemsize
     trained, activations = 0, 0
     weights = each * (size_of(base.denoiser.parameters()) - adapters)
-    encoders = each * (facts.text_encoder_parameters + facts.vae_parameters)
+    encoders = each * facts.text_encoder_parameters
     if recipe.objective != "closed-form":
-        trained, checkpointing = size_of(base.adapter_parameters()), recipe.gradient_checkpointing
-        activations = step_bytes(base.denoiser, rows=_rows(recipe), side=side, checkpointing=checkpointing)
-    peak = weights + max(encoders, 4 * adapters + 2 * 4 * trained + activations)
+        trained, how = size_of(base.adapter_parameters()), recipe.gradient_checkpointing
+        activations = step_bytes(base, rows=_rows(recipe), resolution=recipe.resolution, checkpointing=how)
+    peak = max(encoders, weights + 4 * adapters + 2 * 4 * trained + activations)
     return Memory(weights, 4 * adapters, 2 * 4 * trained, activations, encoders, peak)
 
 
-def step_bytes(unet: Any, *, rows: int, side: int, checkpointing: bool = False) -> int:
+def step_bytes(base: Base, *, rows: int, resolution: int | None = None, checkpointing: bool = False) -> int:
     """The most bytes alive at once, weights aside, in a forward and a backward pass; on any device.
 
     Args:
-        unet: A UNet2DConditionModel with adapters that require gradients.
+        base: With adapters that require gradients.
         rows: Latents in the batch.
-        side: Height and width of the latents.
+        resolution: Of the pictures, in pixels; None for the base's own.
         checkpointing: Keep the inputs of blocks only, and run these again for the backward pass.
     """
-    config, weight = unet.config, unet.conv_in.weight
-    added = {}
-    training = _LikeTraining(weight.dtype)
+    training = _LikeTraining(base.dtype)
     if checkpointing:
         again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), training))
-        unet.enable_gradient_checkpointing(again)
+        base.denoiser.enable_gradient_checkpointing(again)
     with _LiveBytes() as memory, training:
-        if config.addition_embed_type == "text_time":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            added = {"text_embeds": weight.new_zeros(rows, pooled), "time_ids": weight.new_zeros(rows, 6)}
-        x = weight.new_zeros(rows, config.in_channels, side, side)
-        words = weight.new_zeros(rows, PROMPT_TOKENS, config.cross_attention_dim)
-        t = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        out: Tensor = unet(x, t, words, added_cond_kwargs=added, return_dict=False)[0]
-        loss: Any = out.float().square().mean()
-        loss.backward()
+        x = torch.zeros(rows, *base.latent_shape(resolution), dtype=base.dtype, device=base.device)
+        t = torch.zeros(rows, dtype=torch.long, device=base.device)
+        out = base.predict(x, t, base.blank_condition(rows))
+        torch.autograd.backward(out.float().square().mean())
     peak: int = memory.peak
     return peak
 

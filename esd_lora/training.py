@@ -166,6 +166,7 @@ def _check_environment(recipe: Recipe, base: Base, out: Path | None) -> None:
     Raises:
         RecipeError: A package is missing, or the precision is not for this device or not the base's.
     """
+    base.check(recipe)
     if recipe.log_with and (out is None or importlib.util.find_spec(recipe.log_with) is None):
         need = "an output folder" if out is None else f"its package: pip install esd_lora[{recipe.log_with}]"
         raise RecipeError(f"log_with: {recipe.log_with} needs {need}")
@@ -191,8 +192,8 @@ def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
     else:
         base.denoiser.disable_gradient_checkpointing()
     prompts, erase, preserve = questions_of(recipe)
-    conditions = base.encode(prompts)
-    base.free_encoders()
+    with base.encoders_alone():
+        conditions = base.encode(prompts, resolution=recipe.resolution, guidance_scale=recipe.guidance_scale)
     optimizer = torch.optim.AdamW(base.adapter_parameters(), lr=recipe.lr, weight_decay=0.0)
     schedule = get_scheduler(
         recipe.lr_schedule, optimizer, num_warmup_steps=recipe.warmup_steps, num_training_steps=recipe.steps

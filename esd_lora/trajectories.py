@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from esd_lora.bases.base import Base, Condition
-from esd_lora.esd import esd_target, guided
+from esd_lora.esd import esd_target
 from esd_lora.recipe import Concept, Recipe
 
 EVERYDAY = (
@@ -163,16 +163,14 @@ def record(
         edited: Move along the student's predictions instead of the teacher's.
         on_step: Called with the number of denoising steps done and their total.
     """
-    scheduler = base.scheduler
-    scheduler.set_timesteps(steps, device=base.device)
-    extra = base.pipe.prepare_extra_step_kwargs(torch.Generator(base.device).manual_seed(seeds[0]), 0.0)
-    x_t = base.initial_latents(seeds, resolution=resolution).float() * scheduler.init_noise_sigma
+    sampler = base.sampler(steps, resolution=resolution, seed=seeds[0])
+    x_t = sampler.start(base.noise(seeds, resolution=resolution).float())
     rows = torch.tensor([[q.s, 0, q.c, q.a] for q in questions])  # (B, roles)
     eta = torch.tensor([q.eta for q in questions], device=base.device)[:, None, None, None]
     examples: list[tuple[Tensor, Tensor, Tensor]] = []
     passes = 0
-    for t in scheduler.timesteps:
-        x = scheduler.scale_model_input(x_t, t)
+    for t in sampler.timesteps:
+        x = sampler.network_input(x_t, t)
         with base.teacher():
             eps, cost = _predict_roles(base, x, t, conditions, rows)
         passes += cost
@@ -180,10 +178,10 @@ def record(
         if edited:
             eps, cost = _predict_roles(base, x, t, conditions, rows[:, :2])
             passes += cost
-        move = guided(eps[0], eps[1], guidance_scale=guidance_scale)
-        x_t = scheduler.step(move, t, x_t, **extra, return_dict=False)[0]
+        move = base.guide(eps[0], eps[1], guidance_scale=guidance_scale)
+        x_t = sampler.step(move, t, x_t)
         if on_step:
-            on_step(len(examples), len(scheduler.timesteps))
+            on_step(len(examples), len(sampler.timesteps))
     x, ts, target = (torch.cat(part) for part in zip(*examples, strict=True))
     return Bank(x, ts, target, rows[:, 0].repeat(len(examples)).to(x.device)), passes
 

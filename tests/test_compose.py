@@ -264,7 +264,7 @@ def test_a_stack_of_unequal_ranks_and_layers_loads_into_plain_diffusers(
     exact = 0.3 * change(patch, names[3]) + 0.02 * change(other, names[3])
     # a product of float32 factors, one of them rounded once before
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6 * exact.abs().max().item())
-    latents = base.initial_latents([0])
+    latents = base.noise([0])
     theirs = pipe("a cat", latents=latents, num_inference_steps=2, guidance_scale=7.5).images[0]
     assert theirs.tobytes() == ours.tobytes()
 

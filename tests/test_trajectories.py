@@ -63,7 +63,7 @@ def stock_inputs(base: Base, prompt: str, seed: int) -> tuple[Tensor, Tensor]:
     with inputs_of(base) as seen, torch.no_grad():
         base.pipe(
             prompt,
-            latents=base.initial_latents([seed]),
+            latents=base.noise([seed]),
             num_inference_steps=STEPS,
             guidance_scale=SCALE,
             generator=torch.Generator().manual_seed(seed),

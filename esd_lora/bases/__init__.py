@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
+from torch import nn
 
 from esd_lora.bases.base import Base, Condition, fingerprint_of
+from esd_lora.bases.single_file import SingleFile, single_file
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
+from esd_lora.bases.stable_diffusion_xl import StableDiffusionXLBase
+from esd_lora.bases.transformers import FluxBase, StableDiffusion3Base
 from esd_lora.errors import BaseModelError
 from esd_lora.recipe import DType
 
 __all__ = ["Base", "Condition", "base_of", "load_base", "local_file", "pick_device"]
 
-FAMILIES: dict[str, type[Base]] = {"StableDiffusionPipeline": StableDiffusionBase}
+FAMILIES: dict[str, type[Base]] = {
+    "StableDiffusionPipeline": StableDiffusionBase,
+    "LatentConsistencyModelPipeline": StableDiffusionBase,
+    "StableDiffusionXLPipeline": StableDiffusionXLBase,
+    "StableDiffusion3Pipeline": StableDiffusion3Base,
+    "FluxPipeline": FluxBase,
+}
 """Pipeline class, as `model_index.json` names it → contract."""
 
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,7 +43,7 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     """A base model, frozen, on its device.
 
     Args:
-        name: `emoji`, a folder with a diffusers pipeline, or a Hub id.
+        name: `emoji`, a folder with a diffusers pipeline, a single `.safetensors` checkpoint, or a Hub id.
         revision: Branch, tag or commit on the Hub.
         device: Such as `cuda:1`; by default the first of cuda, mps, cpu that is there.
         dtype: Precision of the weights.
@@ -40,28 +53,45 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     """
     where = pick_device(device)
     source = str(EMOJI) if name == "emoji" else name
-    path = index_path(name, source, revision)
-    if not Path(source).is_dir() and path.parent.parent.name == "snapshots":
+    file = single_file(Path(source)) if Path(source).is_file() else None
+    path = configs_of(file) if file else index_path(name, source, revision)
+    if not Path(source).exists() and path.parent.parent.name == "snapshots":
         revision = path.parent.name  # in the Hub's cache: what a branch or tag means today
     index = read_json(name, "model_index.json", path)
+    family = family_of(name, index)
+    kind = getattr(diffusers, index["_class_name"])
+    extra: dict[str, Any] = {k: None for k in ("safety_checker", "feature_extractor", "image_encoder") if k in index}
+    # bfloat16 loses the bits that the fingerprint is made of, so the denoiser is cast afterwards
+    first = torch.float32 if dtype == "bf16" else DTYPES[dtype]
+    try:
+        if file:
+            pipe = file.load(kind, path.parent, dtype=first, **extra)
+        else:
+            dtypes = {"default": DTYPES[dtype], family.prefix: first}
+            pipe = kind.from_pretrained(source, revision=revision, dtype=dtypes, use_safetensors=True, **extra)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
+        raise BaseModelError(f"{name}: cannot load the pipeline: {first_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    fingerprint = fingerprint_of(getattr(pipe, family.prefix))
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and first != DTYPES[dtype]:
+            nn.Module.to(part, DTYPES[dtype])  # diffusers' own `to` warns even where nothing has to stay float32
+    getattr(pipe, family.prefix).to(where)  # the others come when they are needed
+    return family(pipe, name=name, revision=revision, fingerprint=fingerprint, device=where)
+
+
+def family_of(name: str, index: Mapping[str, Any]) -> type[Base]:
+    """The contract of a pipeline, by what its `model_index.json` says; `name` is the base's, for messages.
+
+    Raises:
+        BaseModelError: It is of no known family.
+    """
     kind = str(index.get("_class_name") or "")
     if kind not in FAMILIES:
         raise BaseModelError(
             f"{name}: {kind or 'no pipeline class'} is not supported; supported: {', '.join(FAMILIES)}"
         )
-    import diffusers
-
-    extra: dict[str, Any] = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
-    # bfloat16 loses the bits that the fingerprint is made of, so it is cast afterwards
-    first = torch.float32 if dtype == "bf16" else DTYPES[dtype]
-    try:
-        pipe = getattr(diffusers, kind).from_pretrained(source, revision=revision, dtype=first, **extra)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise BaseModelError(f"{name}: cannot load the pipeline: {first_line(error)}") from error
-    pipe.set_progress_bar_config(disable=True)
-    fingerprint = fingerprint_of(getattr(pipe, FAMILIES[kind].prefix))
-    pipe.to(where, DTYPES[dtype])
-    return FAMILIES[kind](pipe, name=name, revision=revision, fingerprint=fingerprint)
+    return FAMILIES[kind]
 
 
 def base_of(pipe: DiffusionPipeline) -> Base:
@@ -71,9 +101,7 @@ def base_of(pipe: DiffusionPipeline) -> Base:
         BaseModelError: It is of no known family.
     """
     kind = type(pipe).__name__
-    if kind not in FAMILIES:
-        raise BaseModelError(f"{kind} is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind](pipe, name=pipe.name_or_path or kind)
+    return family_of(pipe.name_or_path or kind, {"_class_name": kind})(pipe, name=pipe.name_or_path or kind)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -96,15 +124,6 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def model_index(name: str, source: str, revision: str | None) -> dict[str, Any]:
-    """What the pipeline's `model_index.json` says, from a folder or the Hub.
-
-    Raises:
-        BaseModelError: There is none, or it is not a JSON object.
-    """
-    return read_json(name, "model_index.json", index_path(name, source, revision))
-
-
 def index_path(name: str, source: str, revision: str | None) -> Path:
     """Where the pipeline's `model_index.json` is, or where it was downloaded to.
 
@@ -112,14 +131,29 @@ def index_path(name: str, source: str, revision: str | None) -> Path:
         BaseModelError: There is none.
     """
     folder = Path(source)
-    if folder.is_dir():
-        path = folder / "model_index.json"
-        if not path.is_file():
-            raise BaseModelError(f"{name}: no model_index.json in this folder, so it is not a diffusers pipeline")
-    elif folder.is_file():
-        raise BaseModelError(f"{name}: is a file; give a folder with a diffusers pipeline, or a Hub id")
-    else:
-        path = from_hub(name, "model_index.json", revision)
+    if not folder.is_dir():
+        return from_hub(name, "model_index.json", revision)
+    if not (folder / "model_index.json").is_file():
+        raise BaseModelError(f"{name}: no model_index.json in this folder, so it is not a diffusers pipeline")
+    return folder / "model_index.json"
+
+
+def configs_of(file: SingleFile) -> Path:
+    """The `model_index.json` among the configs and the tokenizer that go with a single file, from the Hub or its cache.
+
+    Raises:
+        BaseModelError: They are not in the cache, and cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = from_hub(file.like, "model_index.json", None)
+        snapshot_download(file.like, allow_patterns=["*/*.json", "*/*.txt", "*/*.model"], revision=path.parent.name)
+    except (BaseModelError, OSError) as error:
+        raise BaseModelError(
+            f"{file.path}: a single file has no tokenizer and no configs, and those of {file.like} are not to be had: "
+            f"{first_line(error)}"
+        ) from error
     return path
 
 

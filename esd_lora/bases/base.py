@@ -2,7 +2,8 @@
 
     encode(prompts) → Condition          what the denoiser is conditioned on
     predict(x, t, condition) → Tensor    its output (ε, v or flow: the objective is affine, so it serves all three)
-    initial_latents(n) → x_T             noise at the scheduler's own scale
+    noise(seeds) → Tensor                unit noise of a picture's size
+    sampler(steps) → Sampler             a run of the base's own scheduler
     teacher()                            the same network with the adapters off, bit for bit the frozen model
 
 A family is one file: a subclass that says how prompts are encoded, how the denoiser is called, and which layers a
@@ -27,8 +28,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from esd_lora.bases.sampler import Sampler
 from esd_lora.errors import BaseModelError, PatchError, RecipeError
-from esd_lora.recipe import Layers
+from esd_lora.esd import guided
+from esd_lora.recipe import Layers, Recipe
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,29 @@ class Base(ABC):
         name: What the user called it: `emoji`, a folder or a Hub id.
         revision: Commit on the Hub, where it comes from there.
         fingerprint: See `fingerprint_of`.
+        device: Where the denoiser works; by default where it is.
     """
 
     family: ClassVar[str]
+    """What people call it."""
     layers: ClassVar[Mapping[Layers, str]]
     """Preset → regular expression over module names of the denoiser (full match)."""
     prefix: ClassVar[str]
-    """What diffusers' LoRA files put before the denoiser's module names."""
+    """The denoiser's name in the pipeline, which LoRA files put before the names of its modules."""
+    pixels: ClassVar[int] = 8
+    """A picture's sides are multiples of this."""
 
     def __init__(
-        self, pipe: DiffusionPipeline, *, name: str, revision: str | None = None, fingerprint: str | None = None
+        self,
+        pipe: DiffusionPipeline,
+        *,
+        name: str,
+        revision: str | None = None,
+        fingerprint: str | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.pipe: Any = pipe
+        self.device: torch.device = device or next(self.denoiser.parameters()).device
         self.name = name
         self.revision = revision
         self.fingerprint = fingerprint or fingerprint_of(self.denoiser)
@@ -85,46 +99,89 @@ class Base(ABC):
 
     # ---- what a family says -------------------------------------------------------------------------------------
 
-    @property
     @abstractmethod
-    def denoiser(self) -> Any:
-        """The network that the adapters go on."""
+    def encode(
+        self, prompts: Sequence[str], *, resolution: int | None = None, guidance_scale: float = 1.0
+    ) -> Condition:
+        """The condition of each prompt, on the base's device.
 
-    @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """The condition of each prompt, on the base's device."""
-
-    @abstractmethod
-    def text_states(self, prompts: Sequence[str], *, length: int) -> Tensor:
-        """What k and v of cross-attention are given, (len(prompts), L, D) float32 on the CPU.
-
-        L is the number of the prompts' tokens that are looked at, `length` or all that there are. Text encoders that are
-        causal give the same states to the first tokens of a prompt, however many follow.
+        Args:
+            prompts: The empty one stands for no prompt, as the pipeline samples without one.
+            resolution: Of the pictures, in pixels, for bases that are told; None for the base's own.
+            guidance_scale: For bases that are told; see `told_guidance`.
         """
 
     @abstractmethod
-    def token_ids(self, prompts: Sequence[str], *, length: int) -> Tensor:
-        """The tokens whose states `text_states` gives, padded, (len(prompts), L) on the CPU."""
+    def blank_condition(self, n: int) -> Condition:
+        """A condition of n prompts with the shapes of `encode`, without meaning; no text encoder is asked."""
 
     @abstractmethod
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The denoiser's output at scaled inputs x (B, C, H, W) and timesteps t (B,), same shape as x."""
 
+    @property
     @abstractmethod
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        """(C, H, W) of a picture's latents; resolution in pixels, None for the base's own."""
+    def channels(self) -> int:
+        """Channels of the latents."""
 
-    @abstractmethod
-    def free_encoders(self) -> None:
-        """Let go of what only encoding and decoding need, to make room for training."""
+    @property
+    def sample_size(self) -> int:
+        """Latents along a side of a picture of the base's own size."""
+        size: int = self.denoiser.config.sample_size
+        return size
+
+    @property
+    def text_layers(self) -> list[str]:
+        """Names of the layers that are given words as the text encoders leave them: k and v of cross-attention."""
+        return []
+
+    def text_states(self, prompts: Sequence[str], *, length: int) -> Tensor:
+        """What the text layers are given, (len(prompts), L, D) float32 on the CPU; for families that have such layers.
+
+        L is the number of the prompts' tokens that are looked at, `length` or all that there are. Text encoders that are
+        causal give the same states to the first tokens of a prompt, however many follow.
+        """
+        raise NotImplementedError(f"{self.family} has no text layers")
+
+    def token_ids(self, prompts: Sequence[str], *, length: int) -> Tensor:
+        """The tokens whose states `text_states` gives, padded, (len(prompts), L) on the CPU."""
+        tokenizer = self.pipe.tokenizer
+        how = {"padding": "max_length", "max_length": min(length, tokenizer.model_max_length), "truncation": True}
+        ids: Tensor = tokenizer(list(prompts), return_tensors="pt", **how).input_ids
+        return ids
+
+    def set_timesteps(self, scheduler: Any, steps: int, *, resolution: int | None, device: torch.device) -> None:  # noqa: ARG002 (families do)
+        """Set a scheduler's timesteps as the pipeline does."""
+        scheduler.set_timesteps(steps, device=device)
+
+    @property
+    def told_guidance(self) -> bool:
+        """Whether the denoiser is told the guidance scale, so that what it predicts is guided already."""
+        return False
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Latents (B, C, H, W) as the pipeline takes them."""
+        return x
 
     # ---- what all families share --------------------------------------------------------------------------------
 
+    def check(self, recipe: Recipe) -> None:
+        """Nothing, if the base can do what a recipe asks for.
+
+        Raises:
+            RecipeError: It has no layers for closed-form keys, or cannot draw pictures of this size.
+        """
+        if "closed-form" in (recipe.keys, recipe.objective) and not self.text_layers:
+            raise RecipeError(
+                f"keys: closed-form needs cross-attention, and {self.name} ({self.family}) has none: words and picture pass "
+                "through all its layers together; use keys: learned with objective: paper"
+            )
+        self.latent_shape(recipe.resolution)
+
     @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        device: torch.device = next(self.denoiser.parameters()).device
-        return device
+    def denoiser(self) -> Any:
+        """The network that the adapters go on."""
+        return getattr(self.pipe, self.prefix)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,7 +237,7 @@ class Base(ABC):
 
     def freeze_keys(self, keys: Tensor, name: str = "patch") -> None:
         """Give the adapters of cross-attention's k and v these keys (rank, D) as lora_A, and train their lora_B alone."""
-        for module in self.matched("esd-x-strict"):
+        for module in self.text_layers:
             down = self.denoiser.get_submodule(module).lora_A[name].weight
             down.requires_grad_(False).copy_(keys)
 
@@ -225,8 +282,58 @@ class Base(ABC):
             for p, requires in trainable:
                 p.requires_grad_(requires)
 
-    def initial_latents(self, seeds: Sequence[int], *, resolution: int | None = None) -> Tensor:
-        """x_T (len(seeds), C, H, W): unit noise from one CPU generator per seed, whatever the device.
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of a picture's latents; resolution in pixels, None for the base's own.
+
+        Raises:
+            RecipeError: The resolution is not a multiple of `pixels`.
+        """
+        if resolution is None:
+            return self.channels, self.sample_size, self.sample_size
+        if resolution % self.pixels:
+            raise RecipeError(f"resolution: must be a multiple of {self.pixels} for {self.name}, got {resolution}")
+        side = resolution // self.pipe.vae_scale_factor
+        return self.channels, side, side
+
+    def resolution(self, given: int | None = None) -> int:
+        """The side of a picture in pixels: the one given, or the base's own."""
+        own: int = self.sample_size * self.pipe.vae_scale_factor
+        return own if given is None else given
+
+    def guide(self, eps_prompt: Tensor, eps_null: Tensor, *, guidance_scale: float) -> Tensor:
+        """The prediction that moves a trajectory on: guided, here or by the denoiser itself."""
+        return eps_prompt if self.told_guidance else guided(eps_prompt, eps_null, guidance_scale=guidance_scale)
+
+    def sampler(self, steps: int, *, resolution: int | None = None, seed: int = 0) -> Sampler:
+        """A denoising run of so many steps by the base's own scheduler."""
+        scheduler = self.scheduler
+        self.set_timesteps(scheduler, steps, resolution=resolution, device=self.device)
+        return Sampler(scheduler, seed=seed)
+
+    def free_encoders(self) -> None:
+        """Move all but the denoiser to the CPU, to make room for training; `encode` and `generate` bring them back."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and name != self.prefix:
+                part.to("cpu")
+
+    @contextmanager
+    def encoders_alone(self) -> Iterator[None]:
+        """Inside, the denoiser leaves the device to the text encoders, which may be larger; afterwards these leave."""
+        self.denoiser.to("cpu")
+        try:
+            yield
+        finally:
+            self.free_encoders()
+            self.denoiser.to(self.device)
+
+    def call_encoders(self) -> None:
+        """Move the text encoders to the device."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and name.startswith("text_encoder"):
+                part.to(self.device)
+
+    def noise(self, seeds: Sequence[int], *, resolution: int | None = None) -> Tensor:
+        """Unit noise (len(seeds), C, H, W), from one CPU generator per seed, whatever the device.
 
         The pipeline and the trajectories multiply it by the scheduler's `init_noise_sigma`.
         """

@@ -12,10 +12,10 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL
 from torch import nn
 
-from esd_lora.bases import EMOJI, first_line, from_hub, model_index, read_json
+from esd_lora.bases import EMOJI, family_of, first_line, from_hub, index_path, read_json
+from esd_lora.bases.single_file import single_file
 from esd_lora.errors import BaseModelError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -24,66 +24,63 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class Facts:
-    """A text-to-image pipeline around a UNet."""
+    """A text-to-image pipeline."""
 
-    family: str
-    unet: Mapping[str, Any]
-    """Config of diffusers' UNet2DConditionModel."""
-    prediction_type: str
+    pipeline: str
+    """Its class, as `model_index.json` names it."""
+    denoiser: Mapping[str, Any]
+    """Config of the network that the adapters go on, with its class."""
     scheduler: Mapping[str, Any]
-    """Its class and, where they say how many steps it takes, its settings."""
+    """Config of its scheduler, with its class."""
     vae_scale_factor: int
     """Pixels by latents along a side."""
     text_encoder_parameters: int
-    vae_parameters: int
 
-    def denoising_steps(self, steps: int) -> int:
-        """How often the denoiser is asked in a trajectory of so many steps: PNDM asks once more."""
-        scheduler = getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
-        scheduler.set_timesteps(steps)
-        return len(scheduler.timesteps)
+    @property
+    def prediction_type(self) -> str:
+        """What the denoiser predicts: epsilon, v_prediction or flow."""
+        told: str = self.scheduler.get("prediction_type", "epsilon")
+        return "flow" if "FlowMatch" in self.scheduler["_class_name"] else told
 
 
 def facts_of(name: str, revision: str | None = None) -> Facts:
     """The facts of a known Hub id as shipped, of any other base from its config files.
 
     Args:
-        name: `emoji`, a folder with a diffusers pipeline, or a Hub id.
+        name: `emoji`, a folder with a diffusers pipeline, a single-file checkpoint, or a Hub id.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        BaseModelError: The base is not found, out of reach, or not a pipeline around a UNet.
+        BaseModelError: The base is not found, out of reach, or not a pipeline of a known family.
     """
+    if Path(name).is_file():
+        return facts_of(single_file(Path(name)).like)
     for path in sorted(CONFIGS.glob("*.json")):
         shipped = json.loads(path.read_text(encoding="utf-8"))
         variants = shipped.pop("hub_ids")
         if name in variants:
-            unet = shipped["unet"] | variants[name].get("unet", {})
-            return Facts(**(shipped | variants[name] | {"unet": unet}))
+            parts = {part: shipped[part] | variants[name].get(part, {}) for part in ("denoiser", "scheduler")}
+            return Facts(**(shipped | parts))
     source = str(EMOJI) if name == "emoji" else name
-    index = model_index(name, source, revision)
-    if "unet" not in index:
-        raise BaseModelError(f"{name}: {index.get('_class_name', 'its pipeline')} has no UNet to adapt")
+    index = read_json(name, "model_index.json", index_path(name, source, revision))
+    prefix = family_of(name, index).prefix
 
     def config(file: str) -> dict[str, Any]:
         return _read(name, source, revision, file)
 
-    unet, vae = config("unet/config.json"), config("vae/config.json")
-    kind = _class_of(name, index, "scheduler", diffusers)  # its config may name another, or none
-    scheduler = config("scheduler/scheduler_config.json") | {"_class_name": kind.__name__}
-    xl = unet.get("addition_embed_type") == "text_time"
+    vae = config("vae/config.json")
+    kinds = {part: _class_of(name, index, part, diffusers).__name__ for part in (prefix, "scheduler")}
     encoders = [k for k, v in index.items() if k.startswith("text_encoder") and v != [None, None]]
     return Facts(
-        family="stable-diffusion-xl" if xl else "stable-diffusion",
-        unet=unet,
-        prediction_type=scheduler.get("prediction_type", "epsilon"),
-        scheduler=scheduler,
+        pipeline=index["_class_name"],
+        denoiser=config(f"{prefix}/config.json") | {"_class_name": kinds[prefix]},
+        # its config may name another class, or none
+        scheduler=config("scheduler/scheduler_config.json") | {"_class_name": kinds["scheduler"]},
         vae_scale_factor=2 ** (len(vae.get("block_out_channels", ())) - 1),
         text_encoder_parameters=sum(
             _text_encoder_size(name, _class_of(name, index, k, transformers), config(f"{k}/config.json"))
             for k in encoders
         ),
-        vae_parameters=size_of(on_meta(AutoencoderKL.from_config, vae, name).parameters()),
     )
 
 
