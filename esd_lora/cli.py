@@ -38,8 +38,9 @@ app = typer.Typer(
 )
 stderr = Console(stderr=True, highlight=False, emoji=False)
 
-BaseName = Annotated[str | None, typer.Option("--base", help="emoji, a folder with a diffusers pipeline, or a Hub id.")]
-OnBase = Annotated[str, typer.Option("--base", help="emoji, a folder with a diffusers pipeline, or a Hub id.")]
+BASE = "emoji, a folder with a diffusers pipeline, a .safetensors checkpoint, or a Hub id."
+BaseName = Annotated[str | None, typer.Option("--base", help=BASE)]
+OnBase = Annotated[str, typer.Option("--base", help=BASE)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")]
 DeviceName = Annotated[str | None, typer.Option(help="Default: the first of cuda, mps, cpu that is there.")]
 DTypeName = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the base.")]

@@ -91,7 +91,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    base: Words = Field(description="`emoji`, a folder with a diffusers pipeline, or a Hub id.")
+    base: Words = Field(
+        description="`emoji`, a folder with a diffusers pipeline, a single `.safetensors` checkpoint, or a Hub id."
+    )
     revision: Words | None = Field(None, description="Branch, tag or commit of the base on the Hub.")
     concepts: Annotated[tuple[Concept, ...], BeforeValidator(_sequence)] = Field(
         min_length=1, description="What to erase: one concept or several, together in one patch."
@@ -105,7 +107,8 @@ class Recipe(BaseModel):
     layers: Layers = Field(
         "esd-x",
         description="`esd-x`: cross-attention q, k, v, out. `esd-x-strict`: cross-attention k, v. `esd-u`: "
-        "self-attention. `full`: both.",
+        "self-attention. `full`: both. In the joint attention of Stable Diffusion 3 and FLUX, the projections of the words, "
+        "their k and v, those of the picture, and all.",
     )
     keys: Literal["learned", "closed-form"] = Field(
         "learned",
@@ -135,7 +138,13 @@ class Recipe(BaseModel):
         le=500,
         description="Denoising steps S of a trajectory. Prompts to preserve get no more than training can use once.",
     )
-    guidance_scale: float = Field(3.0, ge=1, description="Classifier-free guidance of the trajectories.")
+    guidance_scale: float = Field(
+        3.0,
+        ge=1,
+        description="Classifier-free guidance of the trajectories: 1 for turbo models, which have none. FLUX.1-dev and latent "
+        "consistency models are told it instead, in training too, so that what they predict is guided already and η counts "
+        "from there.",
+    )
     steps: int = Field(90, ge=1, description="Gradient steps.")
     batch_size: int = Field(4, ge=1, description="Examples a step; as many preservation examples come on top.")
     lr: float = Field(2e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")

@@ -217,10 +217,10 @@ def test_a_base_loaded_from_disk_is_the_pipeline_that_was_saved(base: Base, tiny
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere", "./nowhere: neither `emoji`, nor a folder, nor a Hub id"),
-        ("nowhere", "nowhere: neither `emoji`, nor a folder, nor a Hub id"),
-        ("/a/b", "/a/b: neither `emoji`, nor a folder, nor a Hub id"),
-        ("some one/a:b", "some one/a:b: neither `emoji`, nor a folder, nor a Hub id"),
+        ("./nowhere", "./nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
+        ("nowhere", "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
+        ("/a/b", "/a/b: neither `emoji`, nor a folder or file, nor a Hub id"),
+        ("some one/a:b", "some one/a:b: neither `emoji`, nor a folder or file, nor a Hub id"),
         (
             "someone/missing",
             "someone/missing: no such folder; model_index.json is not on the Hub, or not in the cache while offline",

@@ -325,7 +325,7 @@ def one_error(result: Result, message: str) -> None:
         (["--set", "rank=33"], "rank: must be at most 32, the size of down_blocks"),
         (["--device", "toaster"], "unknown device toaster; this machine has "),
         (["--device", "cuda:99"], "no device cuda:99 here; this machine has "),
-        (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder, nor a Hub id"),
+        (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
         (["--base", "some/where"], "some/where: no such folder; model_index.json is not on the Hub, or not in"),
         (["--base", "{worlds}/photos"], "{worlds}/photos: no model_index.json in this folder"),
         (["--base", "{worlds}/file"], "{worlds}/file: is a file; give a folder with a diffusers pipeline"),
@@ -396,7 +396,7 @@ def test_a_folder_that_holds_another_run_is_left_as_it_was(call: Call, tiny_fold
         (["--patch", "nowhere"], f"nowhere: no patch here; a patch is a folder with {FILE_NAME}, or such a file"),
         (["--patch", "nowhere:0.5"], "nowhere: no patch here; "),
         (["--patch", "{patch}:heavy"], "{patch}:heavy: the weight after the colon must be a number, got 'heavy'"),
-        (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder, nor a Hub id"),
+        (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
         (["--device", "toaster"], "unknown device toaster; this machine has "),
         (
             ["--base", "{worlds}/no-attention", "--patch", "{patch}"],

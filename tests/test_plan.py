@@ -25,6 +25,9 @@ SD14 = "CompVis/stable-diffusion-v1-4"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD21 = "stabilityai/stable-diffusion-2-1"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
+SD35 = "stabilityai/stable-diffusion-3.5"
+FLUX = "black-forest-labs/FLUX.1"
 
 
 def recipe_of(base: object, **values: Any) -> Recipe:
@@ -42,6 +45,13 @@ def recipe_of(base: object, **values: Any) -> Recipe:
         (SDXL, "esd-x", 280, 785_920),
         (SDXL, "esd-x-strict", 140, 453_120),
         (SDXL, "full", 560, 1_451_520),
+        # 24 blocks of q, k, v of the words, 1536 wide, and 23 of their out: the last block drops the words
+        (SD3, "esd-x", 95, (3 * 24 + 23) * 2 * 1536),
+        (SD3, "full", 191, (7 * 24 + 23) * 2 * 1536),
+        (f"{SD35}-medium", "esd-u", 148, 4 * (24 + 13) * 2 * 1536),  # 13 blocks have a second self-attention
+        (f"{SD35}-large", "esd-x-strict", 76, 2 * 38 * 2 * 2432),
+        (f"{FLUX}-dev", "esd-x", 76, 4 * 19 * 2 * 3072),
+        (f"{FLUX}-dev", "full", 266, (8 * 19 + 3 * 38) * 2 * 3072),
     ],
 )
 def test_layers_and_parameters_of_the_true_architectures(base: str, layers: str, modules: int, per_rank: int) -> None:
@@ -56,6 +66,10 @@ def test_layers_and_parameters_of_the_true_architectures(base: str, layers: str,
         (SD21, "stable-diffusion", 865_910_724, "v_prediction", 768),
         (f"{SD21}-base", "stable-diffusion", 865_910_724, "epsilon", 512),
         (SDXL, "stable-diffusion-xl", 2_567_463_684, "epsilon", 1024),
+        (SD3, "stable-diffusion-3", 2_028_328_000, "flow", 1024),
+        (f"{SD35}-large", "stable-diffusion-3", 8_056_627_520, "flow", 1024),
+        (f"{FLUX}-dev", "flux", 11_901_408_320, "flow", 1024),
+        (f"{FLUX}-schnell", "flux", 11_891_178_560, "flow", 1024),
     ],
 )
 def test_known_bases(base: str, family: str, parameters: int, prediction_type: str, resolution: int) -> None:

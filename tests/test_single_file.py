@@ -16,6 +16,8 @@ from tiny import save_tiny, tiny_pipeline
 from esd_lora.bases import load_base
 from esd_lora.bases.single_file import single_file
 from esd_lora.errors import BaseModelError
+from esd_lora.merging import merge
+from esd_lora.patch import Patch
 from esd_lora.pictures import generate
 from esd_lora.plan import make_plan
 from esd_lora.recipe import make_recipe
@@ -65,6 +67,11 @@ def test_a_patch_is_trained_and_planned_on_a_single_file(file: Path, cached: Pat
     patch = train(recipe, load_base(str(file), device="cpu"))
     assert patch.info["base"]["name"] == str(file)
     assert make_plan(recipe).denoiser_parameters == 859_520_964  # a plan takes a file for what its kind is at full size
+
+
+def test_a_patch_is_merged_into_a_single_file_as_a_folder(file: Path, cached: Path, patch: Patch, tmp_path: Path) -> None:
+    merged = load_base(str(merge(load_base(str(file), device="cpu"), [patch], out=tmp_path / "merged")), device="cpu")
+    assert merged.fingerprint != load_base(str(file), device="cpu").fingerprint
 
 
 def test_a_fine_tune_that_says_that_it_predicts_v_is_believed(tmp_path: Path, cached: Path) -> None:

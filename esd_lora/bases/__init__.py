@@ -188,7 +188,7 @@ def from_hub(name: str, file: str, revision: str | None, *, optional: bool = Fal
     """
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
-    wrong = f"{name}: neither `emoji`, nor a folder, nor a Hub id"
+    wrong = f"{name}: neither `emoji`, nor a folder or file, nor a Hub id"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BaseModelError(wrong)
     try:
@@ -219,6 +219,8 @@ def local_file(base: Base, file: str) -> Path | None:
         BaseModelError: The Hub cannot say, and the base is not in its cache.
     """
     folder = EMOJI if base.name == "emoji" else Path(base.name)
+    if folder.is_file():
+        return None
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
     return from_hub(base.name, file, base.revision, optional=True)
