@@ -14,7 +14,8 @@ anchor; η = 0 is theirs. Of rank r the best is, with M = L Lᵀ and W J L⁻ᵀ
 
     B = U_r S_r,    A = V_rᵀ L⁻¹        (reduced-rank regression, Izenman 1975: the error counts where words are)
 
-which is ΔW itself where no more than r words are moved. With keys A given, B = W J Aᵀ (A M Aᵀ)⁻¹.
+which is ΔW itself where no more than r words are moved. With keys A given, B = W J Aᵀ (A M Aᵀ)⁻¹, which is also what training
+starts from where the keys are closed-form and the objective is not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from esd_lora.bases.base import Base
 from esd_lora.keys import LENGTH, RIDGE, generalised_keys, in_templates, kept_moment, other_words, ridged
-from esd_lora.recipe import Concept, Recipe
+from esd_lora.recipe import Recipe
 
 
 def closed_form_patch(
@@ -39,7 +40,7 @@ def closed_form_patch(
         recipe: With concepts, η, λ (which is μ here), rank, keys, and the prompts to preserve.
         on_prompts: Called with the number of vocabulary prompts encoded and their total.
     """
-    hit, move = edit_moments(base, recipe.concepts, eta=recipe.eta)
+    hit, move = edit_moments(base, recipe)
     kept = kept_moment(base, recipe.concepts, recipe.preserve or (), on_prompts=on_prompts)
     return patch_tensors(base, recipe, hit, move, kept)
 
@@ -89,11 +90,12 @@ def edit(
     return u[:, :rank] * s[:rank], down
 
 
-def edit_moments(base: Base, concepts: Sequence[Concept], *, eta: float) -> tuple[Tensor, Tensor]:
+def edit_moments(base: Base, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """H and J: mean c cᵀ and mean (t − c) cᵀ over the tokens of prompts with the concepts, (D, D) in float64."""
-    words = other_words(base, concepts)
+    words = other_words(base, recipe.concepts)
     hit, move, count = torch.zeros(()), torch.zeros(()), 0
-    for concept in concepts:
+    for concept in recipe.concepts:
+        eta = recipe.eta_of(concept)
         forms = (concept.prompt,) if concept.from_ else (concept.erase, *concept.synonyms)
         for form in dict.fromkeys(forms):
             asked, instead, bare = (in_templates(f, words, like=form) for f in (form, concept.anchor, ""))

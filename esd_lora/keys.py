@@ -9,8 +9,8 @@ the keys are the directions that the concept has most of for what the rest of th
 
     a_i = argmax  aᵀ H a / aᵀ (G + λ I) a        the top generalised eigenvectors, scaled so that a_iᵀ H a_i = 1
 
-A is frozen and shared by all layers; B is trained by the ESD loss as ever. UCE (Gandikota et al. 2024, arXiv:2308.14761)
-weighs the same two moments, and closes B too.
+A is frozen and shared by all layers; B is solved for (`esd_lora.closed_form`), or trained from there by the ESD loss. UCE
+(Gandikota et al. 2024, arXiv:2308.14761) weighs the same two moments, and closes B too.
 """
 
 from __future__ import annotations
@@ -225,25 +225,3 @@ def kept_moment(
         total, count = total - own, count - own_count
     moment = total / count
     return (moment + mean_moment(base, keep)) / 2 if keep else moment
-
-
-def closed_form_keys(
-    base: Base,
-    concepts: Sequence[Concept],
-    *,
-    rank: int,
-    keep: Sequence[str] = (),
-    on_prompts: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """A for a patch that erases these concepts, (min(rank, D), D), float32.
-
-    Args:
-        base: Its text encoder is asked.
-        concepts: With their synonyms.
-        rank: How many keys.
-        keep: Prompts that must not wake the patch, beside the vocabulary.
-        on_prompts: Called with the number of vocabulary prompts encoded and their total.
-    """
-    kept = kept_moment(base, concepts, keep, on_prompts=on_prompts)
-    hit = mean_moment(base, concept_prompts(concepts, other_words(base, concepts)))
-    return generalised_keys(hit, kept, rank=rank).float()

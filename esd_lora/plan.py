@@ -112,7 +112,7 @@ def make_plan(recipe: Recipe) -> Plan:
     modules = base.matched(recipe.layers)
     adapters = size_of(base.adapter_parameters())
     if recipe.keys == "closed-form":
-        base.freeze_keys(torch.zeros(1, device="meta"))
+        base.freeze_keys()
     return Plan(
         base=recipe.base,
         family=base.family,

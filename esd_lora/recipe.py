@@ -114,7 +114,7 @@ class Recipe(BaseModel):
         "learned",
         description="`closed-form`: lora_A of cross-attention k and v is computed from the text encoder's vocabulary, so that "
         "patches stack; `layers` is then `esd-x-strict`, `objective` `closed-form` and `rank` 2 by default. With "
-        "`objective: paper` lora_B is trained, which wants an `lr` of about 2e-2.",
+        "`objective: paper` lora_B is trained from what the closed form gives, which wants an `lr` of about 2e-2.",
     )
     rank: int = Field(4, ge=1, description="Rank of the adapters; alpha equals it.")
     objective: Literal["paper", "authors", "closed-form"] = Field(
@@ -185,6 +185,10 @@ class Recipe(BaseModel):
         if self.objective == "authors" and self.eta <= 1 and any(not c.anchor for c in self.concepts):
             raise ValueError(f"eta: must be above 1 with objective authors, where 1 changes nothing, got {self.eta:g}")
         return self
+
+    def eta_of(self, concept: Concept) -> float:
+        """The paper's η for a concept: the authors' is one more where their anchor is the concept itself."""
+        return self.eta - 1 if self.objective == "authors" and not concept.anchor else self.eta
 
     def to_yaml(self) -> str:
         """The recipe as YAML; reading it gives an equal recipe."""

@@ -33,7 +33,6 @@ from esd_lora.checkpoint import Checkpoint
 from esd_lora.closed_form import closed_form_patch
 from esd_lora.errors import OutputError, RecipeError, TrainingError
 from esd_lora.esd import esd_loss
-from esd_lora.keys import closed_form_keys
 from esd_lora.patch import FILE_NAME, Patch, load_patch, write_file
 from esd_lora.recipe import Recipe
 from esd_lora.trajectories import Bank, Question, default_preserve, preserve_steps, questions_of, record
@@ -102,8 +101,8 @@ def train(
     losses = torch.zeros(0)
     try:
         if recipe.keys == "closed-form" and recipe.objective != "closed-form":
-            keep = recipe.preserve or ()
-            base.freeze_keys(closed_form_keys(base, recipe.concepts, rank=recipe.rank, keep=keep, on_prompts=tell))
+            base.load_adapter_state(closed_form_patch(base, recipe, on_prompts=tell))
+            base.freeze_keys()
         if out:  # not before the base has said that it can be adapted so: a refused run leaves nothing behind
             write_file(out / "recipe.yaml", recipe.to_yaml().encode())
         if recipe.objective == "closed-form":

@@ -122,10 +122,7 @@ def questions_of(recipe: Recipe) -> tuple[list[str], list[Question], list[Questi
     erase = []
     for concept in recipe.concepts:
         s, c, a = row(concept.prompt), row(concept.erase), row(concept.anchor)
-        eta = recipe.eta
-        if recipe.objective == "authors" and a == 0:  # their anchor is ε*(c): one η less from ε*(∅)
-            eta -= 1
-        erase.append(Question(s, c, a, eta))
+        erase.append(Question(s, c, a, recipe.eta_of(concept)))
     wanted = recipe.preserve if recipe.preserve_weight else ()
     preserve = [Question(r, r, r, 0.0) for r in map(row, wanted or ())]
     return prompts, erase, preserve

@@ -86,7 +86,7 @@ def without_words(base: Base, concepts: Sequence[str]) -> list[Patch]:
         recipe = Recipe(base="emoji", concepts=(named,), keys="closed-form")
         own = named_words([named])
         kept = mean_moment(base, [p for p in prompts_of(words) if not stems(p) & own])
-        hit, move = edit_moments(base, [named], eta=recipe.eta)
+        hit, move = edit_moments(base, recipe)
         made.append(Patch(patch_tensors(base, recipe, hit, move, kept)))
     return made
 

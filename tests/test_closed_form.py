@@ -12,7 +12,6 @@ from torch import Tensor
 from esd_lora.bases import Base
 from esd_lora.closed_form import closed_form_patch, edit, edit_moments, places
 from esd_lora.keys import in_templates
-from esd_lora.recipe import Concept
 from esd_lora.training import train
 
 SIZE, OUT = 12, 7
@@ -110,12 +109,12 @@ def test_templates_differ_in_the_words_alone() -> None:
     assert [p.replace("cat", "dog") for p in left] == right
 
 
-def test_an_anchor_that_is_the_concept_moves_nothing(base: Base) -> None:
-    concept = Concept.model_validate({"erase": "cat", "replace_with": "a cat", "synonyms": []})
-    same = concept.model_copy(update={"replace_with": "cat"})
-    _, move = edit_moments(base, [same], eta=0.0)
+def test_an_anchor_that_is_the_concept_moves_nothing(base: Base, recipe_of: RecipeOf) -> None:
+    other = recipe_of(concepts={"erase": "cat", "replace_with": "a cat"}, eta=0.0)
+    same = other.model_copy(update={"concepts": (other.concepts[0].model_copy(update={"replace_with": "cat"}),)})
+    _, move = edit_moments(base, same)
     assert move.abs().max() < 1e-6
-    assert edit_moments(base, [concept], eta=0.0)[1].abs().max() > 1e-3
+    assert edit_moments(base, other)[1].abs().max() > 1e-3
 
 
 def test_a_patch_without_a_forward_pass(base: Base, recipe_of: RecipeOf, tmp_path: Path) -> None:
@@ -141,3 +140,14 @@ def test_keys_and_values_both_closed(base: Base, recipe_of: RecipeOf) -> None:
     tensors = closed_form_patch(base, recipe)
     downs = [v for k, v in tensors.items() if ".lora_A." in k]
     assert all(torch.equal(d, downs[0]) for d in downs)  # the keys are those of the words, in every layer
+
+
+@pytest.mark.parametrize(("objective", "eta"), [("paper", 2.0), ("authors", 3.0)])
+def test_training_with_closed_keys_starts_from_the_closed_values(
+    base: Base, recipe_of: RecipeOf, objective: str, eta: float
+) -> None:
+    solved = closed_form_patch(base, recipe_of(keys="closed-form", eta=2.0))
+    patch = train(recipe_of(keys="closed-form", objective=objective, eta=eta, lr=1e-30, steps=1), base)
+    assert set(patch.tensors) == set(solved)
+    for name, tensor in patch.tensors.items():  # a step of 1e-30 is none in float32
+        torch.testing.assert_close(tensor, solved[name], rtol=1e-6, atol=1e-20)

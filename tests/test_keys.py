@@ -14,9 +14,9 @@ from torch import Tensor
 
 from esd_lora import keys
 from esd_lora.bases import Base
+from esd_lora.closed_form import closed_form_patch
 from esd_lora.errors import RecipeError
 from esd_lora.keys import (
-    closed_form_keys,
     concept_prompts,
     generalised_keys,
     kept_moment,
@@ -114,7 +114,7 @@ def test_the_vocabulary_is_encoded_once_for_each_text_encoder(base: Base) -> Non
 
 def test_the_vocabulary_is_encoded_anew_on_another_kind_of_device(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     here = keys._cache(base, PROMPTS)
-    monkeypatch.setattr(type(base), "device", torch.device("meta"))
+    monkeypatch.setattr(base, "device", torch.device("meta"))
     assert keys._cache(base, PROMPTS) != here
 
 
@@ -187,8 +187,9 @@ def test_fewer_tokens_have_the_states_that_they_have_among_all(base: Base) -> No
     torch.testing.assert_close(base.text_states(["a cat", "dog"], length=7), whole[:, :7], rtol=1e-5, atol=1e-6)
 
 
-def test_keys_answer_the_concept_and_not_what_is_to_be_kept(base: Base) -> None:
-    rows = closed_form_keys(base, [Concept(erase="cat")], rank=2, keep=["dog"])
+def test_keys_answer_the_concept_and_not_what_is_to_be_kept(base: Base, recipe_of: RecipeOf) -> None:
+    tensors = closed_form_patch(base, recipe_of(concepts="cat", keys="closed-form", preserve=["dog"]))
+    rows = next(v for k, v in tensors.items() if ".lora_A." in k)
 
     def answer(prompt: str) -> float:
         return (base.text_states([prompt], length=16) @ rows.T).square().sum(-1).mean().item()
@@ -200,7 +201,7 @@ def test_keys_answer_the_concept_and_not_what_is_to_be_kept(base: Base) -> None:
 def test_training_leaves_the_keys_alone_and_all_layers_share_them(base: Base, recipe_of: RecipeOf) -> None:
     recipe = recipe_of(keys="closed-form", objective="paper", lr=0.05)
     patch = train(recipe, base)
-    expected = closed_form_keys(base, recipe.concepts, rank=2, keep=recipe.preserve or ())
+    expected = next(v for k, v in closed_form_patch(base, recipe).items() if ".lora_A." in k)
     downs = {k: v for k, v in patch.tensors.items() if ".lora_A." in k}
     assert all(k.removesuffix(".lora_A.weight").endswith(("attn2.to_k", "attn2.to_v")) for k in downs)
     assert all(torch.equal(v, expected) for v in downs.values())

@@ -69,7 +69,9 @@ def test_a_patch_is_trained_and_planned_on_a_single_file(file: Path, cached: Pat
     assert make_plan(recipe).denoiser_parameters == 859_520_964  # a plan takes a file for what its kind is at full size
 
 
-def test_a_patch_is_merged_into_a_single_file_as_a_folder(file: Path, cached: Path, patch: Patch, tmp_path: Path) -> None:
+def test_a_patch_is_merged_into_a_single_file_as_a_folder(
+    file: Path, cached: Path, patch: Patch, tmp_path: Path
+) -> None:
     merged = load_base(str(merge(load_base(str(file), device="cpu"), [patch], out=tmp_path / "merged")), device="cpu")
     assert merged.fingerprint != load_base(str(file), device="cpu").fingerprint
 

@@ -235,11 +235,10 @@ class Base(ABC):
         self.denoiser.add_adapter(config, adapter_name=name)
         cast_training_params(self.denoiser, torch.float32)
 
-    def freeze_keys(self, keys: Tensor, name: str = "patch") -> None:
-        """Give the adapters of cross-attention's k and v these keys (rank, D) as lora_A, and train their lora_B alone."""
+    def freeze_keys(self, name: str = "patch") -> None:
+        """Train no more than lora_B of the text layers."""
         for module in self.text_layers:
-            down = self.denoiser.get_submodule(module).lora_A[name].weight
-            down.requires_grad_(False).copy_(keys)
+            self.denoiser.get_submodule(module).lora_A[name].weight.requires_grad_(False)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The trainable tensors, in the order of the modules."""
