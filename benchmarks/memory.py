@@ -114,7 +114,8 @@ def measure(case: Case) -> float:
         authors_way(base)
     else:
         train(case.recipe, base)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak - before)
 
 
 def main() -> None:

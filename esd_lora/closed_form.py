@@ -82,7 +82,7 @@ def edit(
     if keys is not None:
         down = keys.double()
         # zero keys, of concepts with few directions, get zero values
-        return weight @ move @ down.T @ torch.linalg.pinv(down @ metric @ down.T, hermitian=True), down
+        return weight @ (move @ down.T @ torch.linalg.pinv(down @ metric @ down.T, hermitian=True)), down
     lower = torch.linalg.cholesky(metric)
     white = torch.linalg.solve_triangular(lower, move.T, upper=False).T  # J L⁻ᵀ
     u, s, vt = torch.linalg.svd(weight @ white, full_matrices=False)
