@@ -301,6 +301,23 @@ def test_a_network_that_is_told_the_guidance_scale_is_told_that_of_the_recipe() 
     assert set(base.encode(["cat"], guidance_scale=4.0).tensors) == {"encoder_hidden_states", "pooled_projections"}
 
 
+def test_denoiser_and_encoders_take_turns_on_the_device(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(str(folders["sd3"]), device="cpu")
+    base.device = torch.device("meta")  # stands for an accelerator: nothing but the moves is looked at
+    names = {id(part): name for name, part in base.pipe.components.items()}
+    moves: list[tuple[str, str]] = []
+    monkeypatch.setattr(nn.Module, "to", lambda part, device: moves.append((names[id(part)], str(device))))
+    encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    with base.encoders_alone():
+        base.call_encoders()
+        assert moves == [("transformer", "cpu"), *((e, "meta") for e in encoders)]
+        moves.clear()
+    assert set(moves[:-1]) == {(part, "cpu") for part in (*encoders, "vae")}
+    assert moves[-1] == ("transformer", "meta")
+
+
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
