@@ -341,6 +341,64 @@ def merge(
     _print({"pipeline": str(folder), "base": base, "erased": erased}, as_json=as_json)
 
 
+@app.command()
+def export(
+    patch: Annotated[str, typer.Argument(help="A patch's folder or file, or its Hub id.")],
+    to: Annotated[
+        Literal["kohya", "comfyui", "a1111"], typer.Option(help="The program; all three read the same names.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write, .safetensors.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a patch as one file for kohya's scripts, ComfyUI or A1111, under the names that these read."""
+    loaded, _ = _patch(patch)
+    _quiet_libraries()
+    from esd_lora import exporting
+
+    file = exporting.export(loaded, _safetensors(out))
+    _print({"file": str(file), "for": to, "layers": len(loaded.ranks), "erases": loaded.erases}, as_json=as_json)
+    if not quiet:
+        stderr.print(f"next: {exporting.NEXT[to].format(name=file.stem)}", style="dim", markup=False, soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[
+        Path, typer.Argument(help="A .safetensors file of kohya's scripts, LECO, sliders, peft or diffusers.")
+    ],
+    base: OnBase,
+    out: Annotated[Path, typer.Option(help="Folder for the patch.")],
+    revision: Revision = None,
+    erase: Annotated[list[str] | None, typer.Option(help="What it erases, in words; such files do not tell.")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Leave out text encoders and convolutions, which a patch does not hold.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a patch of another program's LoRA file, with its alpha."""
+    from esd_lora.patch import check_empty
+
+    check_empty(out)
+    _quiet_libraries()
+    from esd_lora import exporting
+
+    made, left_out = exporting.import_lora(file, base, revision=revision, erase=erase or (), partial=partial)
+    made.save(out)
+    _print({"patch": str(out), **_facts(made), **({"left_out": len(left_out)} if left_out else {})}, as_json=as_json)
+
+
+def _safetensors(path: Path) -> Path:
+    """The path, if its name is that of such a file.
+
+    Raises:
+        OutputError: It is not.
+    """
+    if path.suffix != ".safetensors":
+        raise OutputError(f"--out {path}: name a file that ends in .safetensors")
+    return path
+
+
 PACKAGE = Path(esd_lora.__file__).parent
 RECIPES = next(p for p in (PACKAGE / "recipes", PACKAGE.parent / "recipes") if p.is_dir())
 """The shipped recipes: inside the installed package, or beside it in a checkout."""

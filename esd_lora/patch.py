@@ -26,12 +26,13 @@ from typing import Annotated, Any, NotRequired
 import safetensors.torch
 import torch
 from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, ValidationError, with_config
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from esd_lora.errors import OutputError, PatchError
 from esd_lora.recipe import Concept
+from esd_lora.tensorfile import Entry, TensorFile, parse_json
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 SCHEMA = 1
@@ -228,27 +229,34 @@ def load_patch(path: str | Path) -> Patch:
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise PatchError(f"{path}: no patch here; a patch is a folder with {FILE_NAME}, or such a file")
-    try:
-        with safe_open(file, framework="pt") as store:
-            metadata = store.metadata() or {}
-            tensors = {k: store.get_tensor(k) for k in store.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise PatchError(f"{file}: not a safetensors file: {error}") from error
-    info = _read_header(file, metadata.get("esd_lora", "{}"))
-    _check_tensors(file, tensors)
-    return Patch(_scaled(file, tensors, metadata.get("lora_adapter_metadata", "{}")), info)
+    store = TensorFile(file)
+    info = read_info(file, store.metadata.get("esd_lora", "{}"))
+    _check_entries(file, store.entries)
+    return patch_of(file, store.tensors(), info, adapter=store.metadata.get("lora_adapter_metadata", "{}"))
 
 
-def _read_header(file: Path, text: str) -> dict[str, Any]:
+def patch_of(file: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any], *, adapter: str = "{}") -> Patch:
+    """The patch of a file's tensors, with the scale that `adapter`, its `lora_adapter_metadata`, tells folded into lora_B.
+
+    Raises:
+        PatchError: A tensor is not finite, or `adapter` does not fit.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PatchError(f"{file}: {name} has values that are not finite")
+    return Patch(_scaled(file, tensors, adapter), info)
+
+
+def read_info(file: Path, text: str) -> dict[str, Any]:
     """What the header `esd_lora` tells.
 
     Raises:
         PatchError: It is not JSON, of another schema, or malformed; the first place where it is.
     """
     try:
-        info = json.loads(text)
+        info = parse_json(text)
     except ValueError as error:
-        raise PatchError(f"{file}: its esd_lora header is not JSON") from error
+        raise PatchError(f"{file}: its esd_lora header is not JSON that can be read: {error}") from error
     if not isinstance(info, dict) or info.get("schema", SCHEMA) != SCHEMA:
         raise PatchError(f"{file}: written in a form that this version cannot read; update esd_lora")
     try:
@@ -269,10 +277,10 @@ def _scaled(file: Path, tensors: Mapping[str, Tensor], text: str) -> dict[str, T
     scaled = dict(tensors)
     prefix = f"{Patch(tensors).prefix}."
     try:
-        told = {k.removeprefix(prefix): v for k, v in json.loads(text).items() if k.startswith(prefix)}
+        told = {k.removeprefix(prefix): v for k, v in parse_json(text).items() if k.startswith(prefix)}
+        ranks, alphas = (_Told(told, *keys) for keys in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")))
         for name, rank in Patch(tensors).ranks.items() if told else ():
-            r = _told_of(name, told, "r", "rank_pattern")
-            alpha = _told_of(name, told, "lora_alpha", "alpha_pattern")
+            r, alpha = (of(name.split(".", 1)[1]) for of in (ranks, alphas))
             scale = alpha / (math.sqrt(r) if told.get("use_rslora") else r)
             up = tensors[f"{name}.lora_B.weight"]
             up = up if scale == 1 else up.float() * scale
@@ -284,32 +292,54 @@ def _scaled(file: Path, tensors: Mapping[str, Tensor], text: str) -> dict[str, T
     return scaled
 
 
-def _told_of(name: str, told: Mapping[str, Any], key: str, pattern: str) -> Any:
-    """Rank or alpha of a module: that of the first pattern that peft would find in its name, or else of all modules."""
-    module, patterns = name.split(".", 1)[1], told.get(pattern) or {}
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), told[key])
+class _Told:
+    """Rank or alpha of a module: that of the first pattern that peft would find in its name, or else of all modules.
+
+    peft takes any regular expression, and some of them never end. Plain names are looked up; the others may have names, dots,
+    anchors and two `.*`, which is what people write by hand.
+    """
+
+    def __init__(self, told: Mapping[str, Any], key: str, pattern: str) -> None:
+        patterns: dict[str, Any] = told.get(pattern) or {}
+        self.plain = {k: (i, v) for i, (k, v) in enumerate(patterns.items()) if _PLAIN.fullmatch(k)}
+        others = [(i, k, v) for i, (k, v) in enumerate(patterns.items()) if k not in self.plain]
+        if len(others) > 64 or any(not _SIMPLE.fullmatch(k) or k.count(".*") > 2 for _, k, _ in others):
+            raise ValueError(f"{pattern} has expressions that are not matched")
+        self.others = [(i, re.compile(rf"(.*\.)?({k})$"), v) for i, k, v in others]
+        self.default = told.get(key)
+
+    def __call__(self, module: str) -> Any:
+        """Its value for a module."""
+        parts = module.split(".")
+        ends = (".".join(parts[i:]) for i in range(len(parts)))
+        found = [self.plain[e] for e in ends if e in self.plain]
+        found += [(i, v) for i, k, v in self.others if k.match(module)]
+        return min(found, key=lambda f: f[0])[1] if found else self.default
 
 
-def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Every tensor is a finite low-rank factor with its partner.
+_PLAIN = re.compile(r"[\w.]+", re.ASCII)
+_SIMPLE = re.compile(r"\^?(\w|\\?\.|\.\*)*\$?", re.ASCII)
+"""Patterns that are plain names, and those that cannot take long to match."""
+
+
+def _check_entries(file: Path, entries: Mapping[str, Entry]) -> None:
+    """Every tensor of a file is a low-rank factor with its partner.
 
     Raises:
         PatchError: The first one that is not.
     """
-    if not tensors:
+    if not entries:
         raise PatchError(f"{file}: holds no tensors")
-    prefixes = sorted({name.split(".", 1)[0] for name in tensors})
+    prefixes = sorted({name.split(".", 1)[0] for name in entries})
     if len(prefixes) > 1 or prefixes[0] not in PREFIXES:
-        raise PatchError(f"{file}: adapts {' and '.join(prefixes)}; a patch adapts {' or '.join(PREFIXES)} alone")
-    for name, tensor in tensors.items():
+        raise PatchError(f"{file}: adapts {' and '.join(prefixes[:3])}; a patch adapts {' or '.join(PREFIXES)} alone")
+    for name, entry in entries.items():
         kind = ".lora_A." if ".lora_A." in name else ".lora_B."
-        other = tensors.get(name.replace(kind, ".lora_B." if kind == ".lora_A." else ".lora_A."))
-        factor = kind in name and name.endswith(".weight") and tensor.ndim == 2 and tensor.numel()
-        if not factor or not tensor.is_floating_point():
+        other = entries.get(name.replace(kind, ".lora_B." if kind == ".lora_A." else ".lora_A."))
+        factor = kind in name and name.endswith(".weight") and len(entry.shape) == 2 and 0 not in entry.shape
+        if not factor or not entry.is_floating_point:
             raise PatchError(f"{file}: {name} is not a low-rank factor in diffusers' naming")
         if other is None:
             raise PatchError(f"{file}: {name} lacks its other factor")
-        if kind == ".lora_A." and (other.ndim != 2 or len(tensor) != other.shape[1]):
-            raise PatchError(f"{file}: {name} is {tuple(tensor.shape)}, which does not fit {tuple(other.shape)}")
-        if not torch.isfinite(tensor).all():
-            raise PatchError(f"{file}: {name} has values that are not finite")
+        if kind == ".lora_A." and (len(other.shape) != 2 or entry.shape[0] != other.shape[1]):
+            raise PatchError(f"{file}: {name} is {entry.shape}, which does not fit {other.shape}")
