@@ -6,6 +6,8 @@ FUZZ=100000 python -m pytest tests/test_strangers.py -k mutated   a hundred thou
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import struct
 import subprocess
@@ -103,7 +105,7 @@ WORDS += [
 
 
 @st.composite
-def mutated(draw: st.DrawFn) -> bytes:
+def scratched(draw: st.DrawFn) -> bytes:
     """A sound file, or one of the corpus, with a few bytes or words exchanged, cut or repeated, and often a right length."""
     small = [d for d, _ in CORPUS.values() if len(d) < 4096]
     data = bytearray(draw(st.sampled_from([SOUND, KOHYA] * len(small) + small)))
@@ -117,6 +119,63 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
+NUMBERS = st.sampled_from(
+    [0, 1, 2, 3, 4, 6, 24, 32, 56, 64, -1, 2**31, 2**63, 1e308, math.nan, math.inf, True, None, "2"]
+)
+PATTERNS = st.sampled_from(
+    ["to_k", "block.to_k", ".*to_k", "^unet.*", "(", "(a+)+b", "a" * 300, ".*.*.*.*x", "attn2", ""]
+)
+CONCEPTS = st.sampled_from(["cat", "", None, {"erase": "cat"}, {"erase": "cat", "from": "cat"}, {"erase": 7}, {}, []])
+DOCUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "schema": NUMBERS,
+        "recipe": st.one_of(st.fixed_dictionaries({"concepts": st.lists(CONCEPTS, max_size=3)}), NUMBERS),
+        "base": st.fixed_dictionaries({}, optional={"name": CONCEPTS, "fingerprint": NUMBERS}),
+        "stack": st.lists(st.fixed_dictionaries({"weight": NUMBERS, "digest": CONCEPTS}), max_size=2),
+        "cost": CONCEPTS,
+    },
+)
+ADAPTERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "unet.r": NUMBERS,
+        "unet.lora_alpha": NUMBERS,
+        "unet.rank_pattern": st.dictionaries(PATTERNS, NUMBERS, max_size=3),
+        "unet.alpha_pattern": st.one_of(st.dictionaries(PATTERNS, NUMBERS, max_size=3), NUMBERS),
+        "unet.use_rslora": NUMBERS,
+    },
+)
+
+
+@st.composite
+def lying(draw: st.DrawFn) -> bytes:
+    """A file whose header is JSON of the right kind and says something else than the file holds."""
+    data = draw(st.sampled_from([SOUND, KOHYA]))
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+    names = [n for n in header if n != "__metadata__"]
+    for _ in range(draw(st.integers(0, 2))):
+        told = header[draw(st.sampled_from(names))]
+        match draw(st.integers(0, 3)):
+            case 0:
+                told["dtype"] = draw(
+                    st.sampled_from(["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "", None])
+                )
+            case 1:
+                told["shape"] = draw(st.lists(NUMBERS, max_size=3))
+            case 2:
+                told["data_offsets"] = draw(st.lists(NUMBERS, min_size=1, max_size=3))
+            case 3:
+                header[draw(st.sampled_from([*names, "unet.x.lora_A.weight", "unet.lora_B.weight", "x.alpha"]))] = told
+    texts = {"esd_lora": DOCUMENTS, "lora_adapter_metadata": ADAPTERS}
+    header["__metadata__"] = {k: json.dumps(draw(v)) for k, v in texts.items() if draw(st.booleans())}
+    for _ in range(draw(st.integers(0, 3))):
+        body[draw(st.integers(0, len(body) - 1))] = draw(st.integers(0, 255))
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
 @pytest.fixture(scope="module")
 def layers(tiny_folder: Path) -> dict[str, tuple[int, int]]:
     return exporting.layers_of(str(tiny_folder))
@@ -128,7 +187,7 @@ def layers(tiny_folder: Path) -> dict[str, tuple[int, int]]:
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(data=mutated())
+@given(data=st.one_of(scratched(), lying(), lying()))
 def test_a_mutated_file_is_a_patch_or_refused_in_one_line(
     data: bytes, layers: dict[str, tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
