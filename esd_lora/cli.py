@@ -47,9 +47,15 @@ DTypeName = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precis
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no hints.")]
 Patches = Annotated[
-    list[str] | None, typer.Option("--patch", help="A patch's folder or file, with an optional weight, as in P:0.5.")
+    list[str] | None,
+    typer.Option("--patch", help="A patch's folder, file or Hub id, with an optional weight, as in P:0.5."),
 ]
-Weighted = Annotated[list[str], typer.Argument(help="Patches, each with an optional weight, as in P:0.5.")]
+Reference = Annotated[
+    str, typer.Argument(help="A patch's folder or file, or its Hub id: user/name, user/name@revision.")
+]
+Weighted = Annotated[
+    list[str], typer.Argument(help="Patches or their Hub ids, each with an optional weight, as in P:0.5.")
+]
 RecipeFile = Annotated[str | None, typer.Argument(help="A recipe: a YAML file, or the name of a shipped one.")]
 Erase = Annotated[list[str] | None, typer.Option(help="A concept to erase, in words; repeat for several.")]
 From = Annotated[str | None, typer.Option("--from", help="Erase the concept from this prompt only.")]
@@ -175,11 +181,9 @@ def generate(
 
 
 @app.command()
-def show(patch: Annotated[str, typer.Argument(help="A patch's folder or file.")], as_json: Json = False) -> None:
+def show(patch: Reference, as_json: Json = False) -> None:
     """Print what a patch is: concepts, base, layers, rank, cost and scores."""
-    from esd_lora.patch import load_patch
-
-    loaded = load_patch(patch)
+    loaded = _find(patch)
     _print({"patch": patch, **_facts(loaded), **(loaded.info if as_json else {})}, as_json=as_json)
 
 
@@ -294,7 +298,7 @@ def fuse(
 
 @app.command()
 def overlap(
-    patch: Annotated[list[str], typer.Argument(help="Patches' folders or files.")],
+    patch: Annotated[list[str], typer.Argument(help="Patches' folders or files, or their Hub ids.")],
     base: OnBase,
     out: Annotated[Path | None, typer.Option(help="A picture of it, PNG.")] = None,
     revision: Revision = None,
@@ -304,9 +308,8 @@ def overlap(
 ) -> None:
     """Tell what patches share before they are stacked: action on each other's concepts, and on other words."""
     from esd_lora import overlap as overlaps
-    from esd_lora.patch import load_patch
 
-    loaded = [load_patch(p) for p in patch]
+    loaded = [_find(p) for p in patch]
     model = _base(base, revision=revision, device=device)
     with _progress("words", None, quiet=quiet) as step:
         found = overlaps.overlap(model, loaded, on_words=lambda n, of: step(n, None, of))
@@ -343,7 +346,7 @@ def merge(
 
 @app.command()
 def export(
-    patch: Annotated[str, typer.Argument(help="A patch's folder or file, or its Hub id.")],
+    patch: Reference,
     to: Annotated[
         Literal["kohya", "comfyui", "a1111"], typer.Option(help="The program; all three read the same names.")
     ],
@@ -386,6 +389,135 @@ def import_(
     made, left_out = exporting.import_lora(file, base, revision=revision, erase=erase or (), partial=partial)
     made.save(out)
     _print({"patch": str(out), **_facts(made), **({"left_out": len(left_out)} if left_out else {})}, as_json=as_json)
+
+
+@app.command()
+def card(
+    patch: Annotated[str, typer.Argument(help="A patch's folder.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Draw pictures before and after with this base, for the card's gallery."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the pictures, the same for every prompt.")] = 0,
+    revision: Revision = None,
+    device: DeviceName = None,
+    as_json: Json = False,
+) -> None:
+    """Write a patch's card, README.md, into its folder: use, scores, recipe, limits and licence."""
+    from esd_lora.patch import load_patch, write_file
+
+    if not Path(patch).is_dir():
+        raise PatchError(f"{patch}: no folder; the card is written into a patch's folder (`pull` makes one)")
+    loaded, folder = load_patch(patch), Path(patch)
+    _quiet_libraries()
+    from esd_lora import card as cards
+
+    if base:
+        cards.draw_pairs(_base(base, revision=revision, device=device), loaded, folder, seed=seed)
+    write_file(folder / "README.md", cards.make_card(loaded, folder).encode())
+    told = {"card": str(folder / "README.md"), "pictures": 2 * len(cards.pairs_of(folder))}
+    _print(told, as_json=as_json)
+
+
+@app.command()
+def push(
+    patch: Annotated[str, typer.Argument(help="A patch's folder or file.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="For you alone.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of writing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to; made if it is not there.")] = None,
+    commit_message: Annotated[str | None, typer.Option(help="Default: what the patch erases.")] = None,
+    collection: Annotated[str | None, typer.Option(help="Add it to this collection, by slug or title.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show files, sizes and card; ask the Hub nothing.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish a patch on the Hub in one commit: patch, recipe, card, scores and pictures. Log in with `hf auth login`."""
+    _quiet_libraries()
+    _quiet_hub(quiet=quiet)
+    from esd_lora import hub
+
+    files = hub.files_of(patch, repo=repo)
+    sizes = {name: len(data) for name, data in sorted(files.items())}
+    if dry_run:
+        card = files["README.md"].decode()
+        _print({"repository": repo, "bytes": sizes, **({"card": card} if as_json else {})}, as_json=as_json)
+        if not as_json:
+            print(f"\n{card}", end="")  # noqa: T201
+        return
+    how: dict[str, Any] = {"private": private, "create_pr": create_pr, "revision": revision, "collection": collection}
+    done = hub.push(files, repo, message=commit_message or _message(patch), **how)
+    _print({**vars(done), "bytes": sizes}, as_json=as_json)
+
+
+@app.command()
+def pull(
+    repo: Annotated[
+        str, typer.Argument(metavar="USER/NAME", help="A patch's Hub id, as user/name or user/name@revision.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the patch.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a patch from the Hub, with its card, recipe, scores and pictures."""
+    _quiet_hub(quiet=quiet)
+    from esd_lora import hub
+
+    name, _, revision = repo.partition("@")
+    made = hub.pull(name, out, revision=revision or None)
+    _print({"patch": str(out), **_facts(made)}, as_json=as_json)
+
+
+@app.command()
+def verify(
+    patch: Reference,
+    target_seeds: Annotated[int, typer.Option(min=1, help="Pictures of each cell of an erased concept.")] = 2,
+    kept_seeds: Annotated[int, typer.Option(min=1, help="Pictures of every other cell.")] = 1,
+    device: DeviceName = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a patch before it is used: file, hash, card, base, and its scores measured again; exit code 1 if not all holds."""
+    _quiet_libraries()
+    _quiet_hub(quiet=quiet)
+    from esd_lora import verifying
+
+    with _progress("verify", None, quiet=quiet) as step:
+        grid = {"target_seeds": target_seeds, "kept_seeds": kept_seeds}
+        found = verifying.verify(patch, device=device, on_picture=lambda n, of: step(n, None, of), **grid)
+    if as_json:
+        _print(found.to_dict(), as_json=True)
+    else:
+        words = {True: "right", False: "WRONG", None: "-"}
+        _print({c.what: f"{words[c.ok]:6} {c.found}" for c in found.checks}, as_json=False)
+        if found.claims:
+            table = Table(title="Claimed and measured, in % with 95 % Wilson intervals", title_justify="left")
+            for name in ("erased", "rate", "claimed", "measured now", "holds"):
+                table.add_column(name, overflow="fold")
+            for c in found.claims:
+                sides = [f"{r.interval()} /{r.n}" for r in (c.claimed, c.measured)]
+                table.add_row(c.target, c.what, *sides, "yes" if c.holds else "NO")
+            _show(table)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _message(patch: str) -> str:
+    """The message of a commit: what the patch erases."""
+    from esd_lora.patch import load_patch
+
+    return f"Upload the patch that erases {load_patch(patch).erases}".removesuffix(" that erases ")
+
+
+def _quiet_hub(*, quiet: bool) -> None:
+    """Keep the hub's notices off the screen, and its progress bars where there is no terminal or nobody looks."""
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()
+    if quiet or not stderr.is_terminal:
+        huggingface_hub.utils.disable_progress_bars()
 
 
 def _safetensors(path: Path) -> Path:
@@ -463,23 +595,29 @@ def _patches(texts: list[str], *, out: Path | None = None) -> tuple[list[Patch],
 
 
 def _patch(text: str) -> tuple[Patch, float]:
-    """A patch and its weight, from `path` or `path:weight`.
+    """A patch and its weight, from `path` or `path:weight`; `user/name` or `user/name@revision` serves as a path.
 
     Raises:
         PatchError: There is no patch, or the weight is not a number.
     """
-    from esd_lora.patch import load_patch
-
     path, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists():
-        return load_patch(text), 1.0
+        return _find(text), 1.0
     try:
         value = float(weight)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
         raise PatchError(f"{text}: the weight after the colon must be a number, got {weight!r}")
-    return load_patch(path), value
+    return _find(path), value
+
+
+def _find(reference: str) -> Patch:
+    """The patch in a folder, a file, or on the Hub."""
+    _quiet_hub(quiet=False)
+    from esd_lora.hub import find_patch
+
+    return find_patch(reference)
 
 
 def _base(name: str, **how: Any) -> Base:

@@ -2,10 +2,12 @@
 
 EsdLoraError              exit code 1: a failure
 ├── TrainingError         the run itself broke (a loss that is not a number)
+├── HubError              the Hub did not answer, broke off, or sent something else than it promised
 └── UserError             exit code 2: something that the user can put right
     ├── RecipeError       a recipe, or an option that overrides it
     ├── BaseModelError    the base model: not found, not a pipeline, a device or precision that is not there
     ├── PatchError        a patch file, or a patch that does not fit its base
+    ├── RepositoryError   what a repository on the Hub does not have, or does not allow
     └── OutputError       a folder or file that cannot be written
 """
 
@@ -20,6 +22,10 @@ class EsdLoraError(Exception):
 
 class TrainingError(EsdLoraError):
     """A training run that cannot go on."""
+
+
+class HubError(EsdLoraError):
+    """The Hub, or the way to it, that failed."""
 
 
 class UserError(EsdLoraError):
@@ -38,6 +44,10 @@ class BaseModelError(UserError):
 
 class PatchError(UserError):
     """A patch file that is broken, or does not fit."""
+
+
+class RepositoryError(UserError):
+    """A repository on the Hub that is not there, or may not be read or written."""
 
 
 class OutputError(UserError):

