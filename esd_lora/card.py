@@ -225,6 +225,7 @@ def results_of(scores: Scores | AttributeScores) -> list[EvalResult]:
             task_name=f"erasing {target_of(scores)}",
             dataset_type="emoji",
             dataset_name=f"answer set of {target_of(scores)}",
+            dataset_config=target_of(scores),  # the Hub groups by it, not by the name
             metric_type=re.sub(r"\W+", "_", label.split(":")[0].lower()),
             metric_name=label,
             metric_value=round(100 * rate.value, 2),

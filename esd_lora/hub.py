@@ -77,10 +77,21 @@ def download(repo: str, revision: str | None = None, *, file: str = FILE_NAME) -
         RepositoryError: See `find_patch`.
         HubError: The Hub cannot be reached, or sends something else than it promised.
     """
+
+    def fetch(**how: bool) -> Path:
+        return Path(HfApi().hf_hub_download(repo, file, revision=revision, **how))
+
     with explained(repo, revision):
-        path = Path(HfApi().hf_hub_download(repo, file, revision=revision))
+        try:
+            path = fetch()
+        except errors.HfHubHTTPError:
+            raise
+        except (
+            errors.HTTPError
+        ):  # a connection that broke off, which is no reason for the client to look into the cache
+            path = fetch(local_files_only=True)
         if not _is_whole(path):
-            path = Path(HfApi().hf_hub_download(repo, file, revision=revision, force_download=True))
+            path = fetch(force_download=True)
     if not _is_whole(path):
         raise HubError(f"{repo}: {file} arrives with another SHA-256 than the Hub tells; try again later")
     return path

@@ -91,13 +91,15 @@ class FakeHub:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.uploaded = 0
+        self.gone = False
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Be gone: connections that are open get no answer either."""
+        self.gone = True
         self.server.shutdown()
         self.server.server_close()
 
@@ -124,6 +126,10 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 
         def answer(self) -> None:
             """One request, from its fault to its route."""
+            if hub.gone:
+                self.connection.close()
+                self.close_connection = True
+                return
             url = urlsplit(self.path)
             self.query = parse_qs(url.query)
             hub.requests.append((self.command, url.path))

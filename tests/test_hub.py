@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from conftest import same
-from diffusers import StableDiffusionPipeline
 from fakehub import FakeHub
 from huggingface_hub import HfApi, constants
 from test_cli import Call, call  # noqa: F401 (a fixture)
@@ -132,17 +131,6 @@ def test_a_collection_is_made_once_and_a_repository_is_in_it_once(hub: FakeHub, 
     assert [i["id"] for i in hub.collections[slug]["items"]] == ["alice/cat", "alice/cat2"]
     with pytest.raises(RepositoryError, match=r"^alice/cat is pushed, but collection bob/none-0: not on the Hub, or"):
         published(patch_folder, collection="bob/none-0")
-
-
-def test_plain_diffusers_loads_base_and_patch_by_their_ids(hub: FakeHub, patch_folder: Path, tiny_folder: Path) -> None:
-    HfApi().create_repo("alice/tiny")
-    HfApi().upload_folder(repo_id="alice/tiny", folder_path=tiny_folder)
-    published(patch_folder)
-    pipe = StableDiffusionPipeline.from_pretrained("alice/tiny")
-    pipe.load_lora_weights("alice/cat", weight_name=FILE_NAME, adapter_name="cat")
-    state = {k: v for k, v in pipe.unet.state_dict().items() if "lora_" in k}
-    theirs = {f"unet.{k.replace('.cat', '')}": v for k, v in state.items()}
-    assert same({k: theirs[k] for k in sorted(theirs)}, load_patch(patch_folder).tensors)
 
 
 # ---- who may ---------------------------------------------------------------------------------------------------------
