@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 
 from esd_lora.bases import Base, load_base
@@ -146,7 +147,7 @@ def _check_card(patch: Patch, card: Path | None) -> Check:
     try:
         text = card.read_text(encoding="utf-8")
         told = {(r.dataset_name, r.metric_name): r.metric_value for r in ModelCard(text).data.eval_results or []}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return Check("card", False, "cannot be read")
     if patch.digest not in text:
         return Check("card", False, "is about another patch; its SHA-256 is not that of these tensors")
