@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from esd_lora.bases import Base, load_base
     from esd_lora.compose import attach, compress, stack
     from esd_lora.errors import EsdLoraError
+    from esd_lora.exporting import export, import_lora
     from esd_lora.fusing import fuse
+    from esd_lora.hub import pull, push
     from esd_lora.merging import merge
     from esd_lora.patch import Patch, load_patch
     from esd_lora.pictures import generate
     from esd_lora.recipe import Concept, Recipe, load_recipe
     from esd_lora.training import train
+    from esd_lora.verifying import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,14 +31,19 @@ __all__ = [
     "Recipe",
     "attach",
     "compress",
+    "export",
     "fuse",
     "generate",
+    "import_lora",
     "load_base",
     "load_patch",
     "load_recipe",
     "merge",
+    "pull",
+    "push",
     "stack",
     "train",
+    "verify",
 ]
 
 _HOMES = {
@@ -46,14 +54,19 @@ _HOMES = {
     "Recipe": "recipe",
     "attach": "compose",
     "compress": "compose",
+    "export": "exporting",
     "fuse": "fusing",
     "generate": "pictures",
+    "import_lora": "exporting",
     "load_base": "bases",
     "load_patch": "patch",
     "load_recipe": "recipe",
     "merge": "merging",
+    "pull": "hub",
+    "push": "hub",
     "stack": "compose",
     "train": "training",
+    "verify": "verifying",
 }
 
 
