@@ -266,7 +266,9 @@ def _loading(patch: Patch, base: str, repo: str | None) -> tuple[str, str]:
         note = "The base, `emoji`, is a small text-to-image model that comes inside the Python package `esd_lora`."
     elif not is_hub_id(patch):
         source = _literal(Path(base).name)
-        note = f"The base, `{Path(base).name}`, is a folder that its maker has; give the place where you have it."
+        note = (
+            f"The base, `{Path(base).name}`, is a folder or file that its maker has; give the place where you have it."
+        )
     lines += [
         "",
         f"pipe = DiffusionPipeline.from_pretrained({source})",

@@ -21,10 +21,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from esd_lora.bases import FAMILIES
 from esd_lora.bases.facts import facts_of, on_meta
 from esd_lora.errors import PatchError
 from esd_lora.patch import Patch, encode, patch_of, read_info, write_file
@@ -100,19 +101,21 @@ def export(patch: Patch, file: Path) -> Path:
 
 def architecture_of(patch: Patch) -> Architecture | None:
     """The architecture that has all of a patch's layers, in its shapes; None where none has."""
-    shapes = {k.removeprefix("unet."): v for k, v in patch.shapes.items()}
-    fitting = (a for a in ARCHITECTURES if shapes.items() <= layers_of(a.base).items())
+    fitting = (a for a in ARCHITECTURES if patch.shapes.items() <= layers_of(a.base).items())
     return next(fitting, None)
 
 
 def layers_of(base: str, revision: str | None = None) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer of a base's UNet, from its configs alone.
+    """(out, in) of every linear layer of a base's denoiser, by diffusers' names, from its configs alone.
 
     Raises:
-        BaseModelError: The base is not found, or not a pipeline around a UNet.
+        BaseModelError: The base is not found, or of no known family.
     """
-    unet = on_meta(UNet2DConditionModel.from_config, facts_of(base, revision).unet, base)
-    return {n: (m.out_features, m.in_features) for n, m in unet.named_modules() if isinstance(m, nn.Linear)}
+    facts = facts_of(base, revision)
+    network = on_meta(getattr(diffusers, facts.denoiser["_class_name"]).from_config, facts.denoiser, base)
+    prefix = FAMILIES[facts.pipeline].prefix
+    layers = {f"{prefix}.{n}": m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    return {n: (m.out_features, m.in_features) for n, m in layers.items()}
 
 
 _ATTENTION = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.(.+)")
@@ -140,7 +143,7 @@ _KEY = re.compile(
     r"(?P<layer>.+?)(?:\.alpha|[._]lora[._](?:(?P<down>down|A)|(?P<up>up|B))(?:\.\w+)?\.weight)", re.ASCII
 )
 """A tensor's layer and which factor it is, or its alpha, in the manners of kohya, LECO, peft and older diffusers."""
-_PREFIX = re.compile(r"(base_model\.model\.)?(unet\.|lora_unet_|diffusion_model\.)?")
+_PREFIX = re.compile(r"(base_model\.model\.)?(unet\.|transformer\.|lora_unet_|diffusion_model\.)?")
 _TEXT = re.compile(r"(base_model\.model\.)?(lora_te\d?_|text_encoder|te\d?\.)")
 
 
@@ -159,7 +162,7 @@ def import_lora(
 
     Raises:
         PatchError: Not a LoRA file, it does not fit the base, or has layers that a patch does not hold and `partial` is off.
-        BaseModelError: The base is not found, or not a pipeline around a UNet.
+        BaseModelError: The base is not found, or of no known family.
     """
     if not file.is_file():
         raise PatchError(f"{file}: no such file; name the .safetensors file of another program")
@@ -177,16 +180,17 @@ def import_lora(
     for layer, keys in layers.items():
         down, up = loaded[keys["down"]], loaded[keys["up"]]
         scale = _alpha(file, keys["alpha"], loaded) / len(down) if "alpha" in keys else 1.0
-        tensors[f"unet.{layer}.lora_A.weight"] = down
-        tensors[f"unet.{layer}.lora_B.weight"] = up if scale == 1 else up.float() * scale
+        tensors[f"{layer}.lora_A.weight"] = down
+        tensors[f"{layer}.lora_B.weight"] = up if scale == 1 else up.float() * scale
     info = read_info(file, store.metadata.get("esd_lora", "{}"))
     if not info.get("base"):
         info |= {"base": {"name": base, "revision": revision}, "imported": file.name}
     if erase:
         concepts = [Concept(erase=e).model_dump(mode="json", by_alias=True) for e in erase]
         info["recipe"] = {**info.get("recipe", {}), "concepts": concepts}
+    adapter = _adapter(file, store.metadata, prefix=next(iter(layers)).split(".", 1)[0])
     alphas = any("alpha" in keys for keys in layers.values())
-    return patch_of(file, tensors, info, adapter="{}" if alphas else _adapter(file, store.metadata)), left_out
+    return patch_of(file, tensors, info, adapter="{}" if alphas else adapter), left_out
 
 
 def _sorted_out(
@@ -197,8 +201,9 @@ def _sorted_out(
     Raises:
         PatchError: A tensor is no factor and no alpha, lacks its partner, or does not fit the base's layer.
     """
-    known = {n.replace(".", "_"): n for n in have}
-    known |= {s.replace(".", "_"): n for n in have if (s := sgm_name(n))}
+    plain_names = {n.split(".", 1)[1]: n for n in have}
+    known = {p.replace(".", "_"): n for p, n in plain_names.items()}
+    known |= {s.replace(".", "_"): n for p, n in plain_names.items() if (s := sgm_name(p))}
     found: dict[str, dict[str, str]] = {}
     for key in sorted(entries):
         match = _KEY.fullmatch(key)
@@ -250,8 +255,8 @@ def _alpha(file: Path, key: str, loaded: Mapping[str, Tensor]) -> float:
     return alpha
 
 
-def _adapter(file: Path, metadata: Mapping[str, str]) -> str:
-    """What is told of rank and alpha outside the tensors, as `lora_adapter_metadata` with the UNet's prefix.
+def _adapter(file: Path, metadata: Mapping[str, str], *, prefix: str) -> str:
+    """What is told of rank and alpha outside the tensors, as `lora_adapter_metadata` with the denoiser's prefix.
 
     diffusers writes it into the header, with the prefix or without; peft into `adapter_config.json` beside the file.
 
@@ -262,7 +267,7 @@ def _adapter(file: Path, metadata: Mapping[str, str]) -> str:
     try:
         text = beside.read_bytes() if beside.is_file() and file.name == "adapter_model.safetensors" else None
         told: Any = parse_json(text or metadata.get("lora_adapter_metadata", "{}"))
-        told = {k if k.startswith("unet.") else f"unet.{k}": v for k, v in told.items()}
+        told = {k if k.startswith(f"{prefix}.") else f"{prefix}.{k}": v for k, v in told.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise PatchError(f"{file}: what is told of its rank and alpha is not a JSON object") from error
     return json.dumps(told)

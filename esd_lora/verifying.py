@@ -176,7 +176,7 @@ def _check_layers(patch: Patch) -> Check:
         have = layers_of(str(name), revision)
     except BaseModelError as error:
         return Check("base", None, str(error))
-    wrong = [n for n, shape in patch.shapes.items() if have.get(n.removeprefix(f"{patch.prefix}.")) != shape]
+    wrong = [n for n, shape in patch.shapes.items() if have.get(n) != shape]
     if wrong:
         return Check("base", False, f"{name} has no {wrong[0]} of this shape")
     return Check("base", True, f"{name} has all of its layers; its weights were not looked at")

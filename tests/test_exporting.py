@@ -20,7 +20,7 @@ from test_cli import Call, call  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from esd_lora.bases.facts import facts_of
-from esd_lora.bases.stable_diffusion import UNET_LAYERS
+from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.errors import BaseModelError, PatchError
 from esd_lora.exporting import architecture_of, export, import_lora, layers_of
 from esd_lora.patch import FILE_NAME, Patch, load_patch
@@ -33,11 +33,16 @@ SD15, SD21, SDXL = (
 BASES = pytest.mark.parametrize("base", [SD15, SD21, SDXL])
 
 
+def plain_layers(base: str) -> dict[str, tuple[int, int]]:
+    """The layers of a base without the denoiser's prefix."""
+    return {n.split(".", 1)[1]: shape for n, shape in layers_of(base).items()}
+
+
 def patch_for(base: str, layers: str = "full", **info: Any) -> Patch:
     """A random patch for all of a preset's layers of a base at its true size, of ranks 1 and 2 by turns."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    chosen = [(n, s) for n, s in layers_of(base).items() if re.fullmatch(UNET_LAYERS[layers], n)]  # type: ignore[index]
+    chosen = [(n, s) for n, s in plain_layers(base).items() if re.fullmatch(StableDiffusionBase.layers[layers], n)]  # type: ignore[index]
     for k, (name, (out, into)) in enumerate(chosen):
         tensors[f"unet.{name}.lora_A.weight"] = torch.randn(1 + k % 2, into, generator=generator)
         tensors[f"unet.{name}.lora_B.weight"] = torch.randn(out, 1 + k % 2, generator=generator)
@@ -72,9 +77,9 @@ def sgm_modules(config: Mapping[str, Any]) -> dict[str, str]:
 
 def sgm_layers(base: str) -> dict[str, str]:
     """The attention blocks' linear layers by Stability's names → diffusers' names."""
-    blocks = sgm_modules(facts_of(base).unet)
+    blocks = sgm_modules(facts_of(base).denoiser)
     found = {}
-    for name in layers_of(base):
+    for name in plain_layers(base):
         block = ".".join(name.split(".")[: 3 if name.startswith("mid") else 4])
         if block in blocks:
             found[name.replace(block, blocks[block])] = name
@@ -88,7 +93,7 @@ def kohya_reads(base: str) -> dict[str, str]:
     UNet for SD 1 and 2 (library/original_unet.py) has diffusers' names, that for SDXL (library/sdxl_original_unet.py)
     Stability's.
     """
-    modules = sgm_layers(base) if base == SDXL else {n: n for n in layers_of(base)}
+    modules = sgm_layers(base) if base == SDXL else {n: n for n in plain_layers(base)}
     return {"lora_unet_" + k.replace(".", "_"): v for k, v in modules.items()}
 
 
@@ -96,7 +101,7 @@ def comfyui_reads(base: str) -> dict[str, str]:
     """As above, of ComfyUI: model_lora_keys_unet in comfy/lora.py (comfyanonymous/ComfyUI) takes the names of its own UNet,
     which are Stability's, and diffusers', both joined by underscores, for every model."""
     own = {"lora_unet_" + k.replace(".", "_"): v for k, v in sgm_layers(base).items()}
-    return own | {"lora_unet_" + n.replace(".", "_"): n for n in layers_of(base)}
+    return own | {"lora_unet_" + n.replace(".", "_"): n for n in plain_layers(base)}
 
 
 def a1111_reads(base: str) -> dict[str, str]:
@@ -105,7 +110,7 @@ def a1111_reads(base: str) -> dict[str, str]:
     Stability's own name."""
     modules = {"diffusion_model_" + k.replace(".", "_"): v for k, v in sgm_layers(base).items()}
     table = {k.replace("diffusion_model_", "lora_unet_"): v for k, v in modules.items()}
-    for name in (n.replace(".", "_") for n in layers_of(base)):
+    for name in (n.replace(".", "_") for n in plain_layers(base)):
         if m := re.match(r"down_blocks_(\d+)_attentions_(\d+)_(.+)", name):
             key = f"diffusion_model_input_blocks_{1 + int(m[1]) * 3 + int(m[2])}_1_{m[3]}"
         elif m := re.match(r"mid_block_attentions_(\d+)_(.+)", name):
@@ -183,7 +188,7 @@ def test_diffusers_reads_the_same_tensors(base: str, tmp_path: Path) -> None:
 def meta_unet(base: str) -> Any:
     """The UNet with shapes and no weights."""
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(facts_of(base).unet)
+        return UNet2DConditionModel.from_config(facts_of(base).denoiser)
 
 
 # ---- files of other programs -----------------------------------------------------------------------------------------
