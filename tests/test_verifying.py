@@ -139,7 +139,7 @@ def test_a_patch_for_other_weights_or_other_layers_of_emoji_is_named(measured: P
 @pytest.mark.parametrize(
     ("base", "ok", "found"),
     [
-        (None, None, "None: neither `emoji`, nor a folder, nor a Hub id"),
+        (None, None, "None: neither `emoji`, nor "),
         ("{tiny}", True, "{tiny} has all of its layers; its weights were not looked at"),
         (
             "stable-diffusion-v1-5/stable-diffusion-v1-5",
