@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import RecipeOf, same, weights_of
 
 from esd_lora.bases import Base
 from esd_lora.compose import attach, stack
+from esd_lora.evaluate import AttributeScores, Scores, rate
 from esd_lora.patch import Patch
 from esd_lora.training import train
 
@@ -154,3 +156,16 @@ def test_only_a_finished_run_of_a_whole_base_becomes_the_base(
         script("card").main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"{tmp_path}: {message}\n"
+
+
+def test_the_page_of_patches_has_a_row_for_each_measured_concept(script: Callable[[str], Any], patch: Patch) -> None:
+    half, every = rate([True, False] * 10, [True] * 20), rate([True] * 40, [True] * 40)
+    cat = Scores("cat", half, every, every, every, {"dog": half}, {}, "measure 0123").to_dict()
+    hat = AttributeScores("cat", half, every, None, every, half, "measure 0123").to_dict()
+    rows = script("patches").rows_of("emoji/cat", replace(patch, info={**patch.info, "scores": [cat, hat]}))
+    assert [row.count(" | ") for row in rows] == [script("patches").HEAD.splitlines()[-2].count(" | ")] * 2
+    assert "| cat | esd-x | 2 | " in rows[0]
+    whole = "100.0 [91, 100] /40, base 100.0"
+    assert rows[0].endswith(f"| 50.0 [30, 70] /20, base 100.0 | {whole} | {whole} | dog 50 |")
+    assert "| hat from cat | " in rows[1]
+    assert "| 100.0 [91, 100] /40, base 100.0 | 50.0 [30, 70] /20, base 100.0 |" in rows[1]  # others, styles
