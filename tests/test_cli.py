@@ -292,8 +292,8 @@ def worlds(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worlds")
     tiny_pipeline(cross_attention=False).save_pretrained(folder / "no-attention")
     (folder / "photos").mkdir()
-    (folder / "flux").mkdir()
-    (folder / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (folder / "sana").mkdir()
+    (folder / "sana" / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
     shutil.copytree(tiny_folder, folder / "broken")
     (folder / "broken" / "unet" / "config.json").write_text("{")
     (folder / "file").write_text("a file")
@@ -328,12 +328,12 @@ def one_error(result: Result, message: str) -> None:
         (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
         (["--base", "some/where"], "some/where: no such folder; model_index.json is not on the Hub, or not in"),
         (["--base", "{worlds}/photos"], "{worlds}/photos: no model_index.json in this folder"),
-        (["--base", "{worlds}/file"], "{worlds}/file: is a file; give a folder with a diffusers pipeline"),
-        (["--base", "{worlds}/flux"], "{worlds}/flux: FluxPipeline is not supported; supported: Stable"),
+        (["--base", "{worlds}/file"], "{worlds}/file: not a safetensors file: "),
+        (["--base", "{worlds}/sana"], "{worlds}/sana: SanaPipeline is not supported; supported: Stable"),
         (["--base", "{worlds}/broken"], "{worlds}/broken: cannot load the pipeline: "),
         (["--base", "{worlds}/no-attention"], "{worlds}/no-attention: layers esd-x match nothing in the denoiser"),
         (["--out", "{worlds}/file/out"], "{worlds}/file/out/recipe.yaml: cannot write: Not a directory"),
-        (["--out", "{worlds}/photos/../flux"], "{worlds}/photos/../flux: not empty, and holds no run"),
+        (["--out", "{worlds}/photos/../sana"], "{worlds}/photos/../sana: not empty, and holds no run"),
     ],
 )
 def test_train_refuses_in_one_line_and_leaves_nothing(
