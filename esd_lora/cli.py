@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -527,17 +528,20 @@ def main() -> None:
             stderr.print(f"warning: {message}", markup=False)
 
     warnings.showwarning = show_warning
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except EsdLoraError as error:
         stderr.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:  # typer makes an exit with 130 of Ctrl-C
-        if isinstance(end, SystemExit) and end.code != 130:
+        code = end.code if isinstance(end, SystemExit) else 130
+        if code not in (130, 143):
             raise
-        on = "; --resume goes on from the last checkpoint" if sys.argv[1:2] == ["train"] else ""
-        stderr.print(f"interrupted{on}", markup=False)
-        sys.exit(130)
+        again = [a for a in sys.argv[1:] if a != "--resume"]
+        on = f"; go on with: {shlex.join(['esd-lora', *again, '--resume'])}" if again[:1] == ["train"] else ""
+        stderr.print(f"interrupted{on}", markup=False, soft_wrap=True)
+        sys.exit(code)
     except OSError as error:
         stderr.print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), markup=False)
         sys.exit(OutputError.exit_code)

@@ -204,6 +204,12 @@ def whole(path: Path) -> Iterator[Path]:
                 p.rmdir()
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """What a process that was killed left of the files that it was writing to a folder by `whole`."""
+    found = (p for p in folder.glob(".*.????????") if p.is_dir())
+    return [p for p in found if {q.name for q in p.iterdir()} <= {"part"}]
+
+
 def check_empty(out: Path) -> None:
     """Nothing, if a new folder can be at `out`.
 

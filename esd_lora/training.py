@@ -3,8 +3,9 @@
     questions ─► bank of trajectories ─► batches ─► adapters ─► Patch
 
 The loop does nothing but gradient steps: prompts are encoded and targets recorded before it, losses stay on the device
-and are read every few steps. A run writes a checkpoint now and then; continued from it, the patch is the same, bit for
-bit, as that of a run that was never interrupted, because batches follow from the seed and the step alone.
+and are read every few steps. A run writes a checkpoint now and then, and when it is told to stop; continued from it, the
+patch is the same, bit for bit, as that of a run that was never interrupted, because batches follow from the seed and the
+step alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,12 +31,14 @@ from torch import Tensor
 
 from esd_lora.bases import DTYPES
 from esd_lora.bases.base import Base, Condition
-from esd_lora.checkpoint import Checkpoint
+from esd_lora.checkpoint import Checkpoints
 from esd_lora.closed_form import closed_form_patch
 from esd_lora.errors import OutputError, RecipeError, TrainingError
 from esd_lora.esd import esd_loss
-from esd_lora.patch import FILE_NAME, Patch, load_patch, write_file
+from esd_lora.folder import RECIPE, finished_run, locked
+from esd_lora.patch import Patch, write_file
 from esd_lora.recipe import Recipe
+from esd_lora.signals import Signals, stop
 from esd_lora.trajectories import Bank, Question, default_preserve, preserve_steps, questions_of, record
 
 CHECK_EVERY = 10
@@ -59,6 +63,8 @@ class Run:
     banks: dict[str, Bank] = field(default_factory=dict)  # "erase" and, where asked for, "preserve"
     step: int = 0
     passes: int = 0
+    signals: Signals = field(default_factory=Signals)
+    checkpoints: Checkpoints | None = None
     on_stage: Callable[[str, int, int], None] | None = None
 
 
@@ -78,20 +84,32 @@ def train(
         recipe: What to erase, and how.
         base: The model; its weights are not changed, and the adapters are off it again afterwards.
         out: Folder for the patch, the resolved recipe and the checkpoints; None keeps everything in memory.
-        resume: Go on from the checkpoint in `out`, if there is one.
+        resume: Go on from the last checkpoint in `out`, if there is one.
         on_step: Called after every step with the number of steps done and, now and then, the loss.
         on_stage: Called while something else than steps is under way, with its name, what is done of it, and the whole.
         on_sample: Called every `sample_every` steps with the number of steps done, adapters on.
 
     Raises:
-        OutputError: `out` holds another run, or cannot be written to.
+        OutputError: `out` holds another run or is in use by one, or cannot be written to.
         TrainingError: The loss is no longer a number; the last good checkpoint is kept.
         BaseModelError, RecipeError: The layers match nothing, or the rank is too high.
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the step was finished, and a checkpoint written.
     """
     recipe = resolve(recipe)
-    finished = _prepare_folder(out, recipe, base, resume=resume)
-    if finished:
-        return finished
+    with locked(out) if out else nullcontext():
+        finished = finished_run(out, recipe, base, resume=resume) if out else None
+        return finished or _train(recipe, base, out, on_step, on_sample, on_stage)
+
+
+def _train(
+    recipe: Recipe,
+    base: Base,
+    out: Path | None,
+    on_step: Callable[[int, float | None], None] | None,
+    on_sample: Callable[[int], None] | None,
+    on_stage: Callable[[str, int, int], None] | None,
+) -> Patch:
+    """The patch, in a folder that is this run's or in memory; see `train`."""
     started = time.monotonic()
     _check_environment(recipe, base, out)
     base.remove_adapters()
@@ -104,16 +122,16 @@ def train(
             base.load_adapter_state(closed_form_patch(base, recipe, on_prompts=tell))
             base.freeze_keys()
         if out:  # not before the base has said that it can be adapted so: a refused run leaves nothing behind
-            write_file(out / "recipe.yaml", recipe.to_yaml().encode())
+            write_file(out / RECIPE, recipe.to_yaml().encode())
         if recipe.objective == "closed-form":
             patch = Patch(closed_form_patch(base, recipe, on_prompts=tell), _provenance(recipe, base))
         else:
             run = _begin(recipe, base, out)
             run.on_stage = on_stage
-            checkpoint = Checkpoint(out / "checkpoint.safetensors") if out else None
-            if checkpoint and resume and checkpoint.path.exists():
-                _restore(run, checkpoint)
-            _loop(run, checkpoint, on_step, on_sample)
+            if run.checkpoints and run.checkpoints.paths:
+                _restore(run, run.checkpoints)
+            with run.signals:
+                _loop(run, on_step, on_sample)
             losses = run.losses
             patch = Patch(base.adapter_state(), _provenance(recipe, base, passes=run.passes, losses=losses))
     finally:
@@ -123,7 +141,7 @@ def train(
             write_file(out / "loss.csv", _csv(losses))
         write_file(out / "run.yaml", _cost(started, base.device))
         patch.save(out)  # the last, for it says that the run is done
-        Path(out / "checkpoint.safetensors").unlink(missing_ok=True)
+        Checkpoints(out).remove()
     return patch
 
 
@@ -132,31 +150,6 @@ def resolve(recipe: Recipe) -> Recipe:
     if recipe.preserve is not None:
         return recipe
     return recipe.model_copy(update={"preserve": default_preserve(recipe.concepts)})
-
-
-def _prepare_folder(out: Path | None, recipe: Recipe, base: Base, *, resume: bool) -> Patch | None:
-    """The finished patch of the same recipe and base if `resume` finds one; otherwise `out` is free for this run."""
-    if out is None:
-        return None
-    holds = [n for n in (FILE_NAME, "checkpoint.safetensors") if (out / n).exists()]
-    written = out / "recipe.yaml"
-    if not holds and not (resume and written.exists()):  # a run may have broken off before its first checkpoint
-        if out.is_dir() and any(out.iterdir()):
-            begun = written.exists() and "it holds a run that broke off; go on with it by --resume, or "
-            raise OutputError(f"{out}: {begun or 'not empty, and holds no run; '}choose another --out")
-        return None
-    if not resume:
-        raise OutputError(f"{out}: holds another run; choose another --out, or go on with it by --resume")
-    if not written.exists() or written.read_text(encoding="utf-8") != recipe.to_yaml():
-        raise OutputError(f"{out}: holds a run of another recipe, which this one cannot resume; choose another --out")
-    if FILE_NAME not in holds:
-        return None
-    patch = load_patch(out)
-    told = patch.info.get("recipe"), patch.info.get("base", {}).get("fingerprint")
-    if told != (recipe.to_dict(), base.fingerprint):
-        raise OutputError(f"{out}: holds a patch of another recipe or base; choose another --out")
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)  # the run was killed between the patch and this
-    return patch
 
 
 def _check_environment(recipe: Recipe, base: Base, out: Path | None) -> None:
@@ -199,46 +192,58 @@ def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
     )
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     losses = torch.zeros(recipe.steps, device=base.device)
-    return Run(recipe, base, accelerator, conditions, erase, preserve, optimizer, schedule, losses)
+    checkpoints = Checkpoints(out) if out else None
+    return Run(
+        recipe, base, accelerator, conditions, erase, preserve, optimizer, schedule, losses, checkpoints=checkpoints
+    )
 
 
 def _loop(
     run: Run,
-    checkpoint: Checkpoint | None,
     on_step: Callable[[int, float | None], None] | None,
     on_sample: Callable[[int], None] | None,
 ) -> None:
     """All steps that are left, with looks at the losses, samples and checkpoints between them."""
     recipe = run.recipe
-    whole = True  # whether the state is that after a step, not of one half done
-    try:
-        while run.step < recipe.steps:
-            whole = False
-            _fill_banks(run)
-            _step(run)
-            run.step += 1
-            whole = True
-            save = run.step % recipe.checkpoint_every == 0
-            look = save or run.step % CHECK_EVERY == 0 or run.step == recipe.steps
-            loss = _look(run, checkpoint) if look else None
-            if save and checkpoint:
-                _save(run, checkpoint)
-            if on_step:
-                on_step(run.step, loss)
-            if on_sample and recipe.sample_every and run.step % recipe.sample_every == 0:
-                on_sample(run.step)
-                run.base.free_encoders()
-    except KeyboardInterrupt:
-        if checkpoint and run.step and whole and torch.isfinite(run.losses).all() and _adapters_finite(run):
-            _save(run, checkpoint)
-        raise
+    while run.step < recipe.steps:
+        _fill_banks(run)
+        _step(run)
+        run.step += 1
+        save = run.step % recipe.checkpoint_every == 0
+        look = save or run.step % CHECK_EVERY == 0 or run.step == recipe.steps
+        loss = _look(run) if look else None
+        if save:
+            _save(run)
+        if on_step:
+            on_step(run.step, loss)
+        if on_sample and recipe.sample_every and run.step % recipe.sample_every == 0:
+            on_sample(run.step)
+            run.base.free_encoders()
+        _stop_if_told(run)
     run.accelerator.end_training()
+
+
+def _stop_if_told(run: Run) -> None:
+    """Nothing, if no signal came; otherwise the run's end, with a checkpoint of the last step. Not amid a step.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: A signal came.
+    """
+    if run.signals.came:
+        if run.step and torch.isfinite(run.losses).all() and _adapters_finite(run):
+            _save(run)
+        raise stop(run.signals.came)
 
 
 def _fill_banks(run: Run) -> None:
     """Record trajectories where there are none yet, or the student's own have grown old."""
     recipe = run.recipe
     edited = recipe.x_t == "edited"
+
+    def on_step(done: int, of: int) -> None:
+        _stop_if_told(run)  # what is recorded so far is recorded again
+        if run.on_stage:
+            run.on_stage("record", done, of)
 
     def recorded(questions: list[Question], first_seed: int, *, steps: int, edited: bool) -> Bank:
         bank, passes = record(
@@ -250,7 +255,7 @@ def _fill_banks(run: Run) -> None:
             guidance_scale=recipe.guidance_scale,
             resolution=recipe.resolution,
             edited=edited,
-            on_step=run.on_stage and partial(run.on_stage, "record"),
+            on_step=on_step,
         )
         run.passes += passes
         return bank
@@ -307,12 +312,13 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 2
 
 
-def _look(run: Run, checkpoint: Checkpoint | None) -> float:
+def _look(run: Run) -> float:
     """The newest loss, after checking that all of them are numbers."""
     losses = run.losses[: run.step].cpu()
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad) or not _adapters_finite(run):
-        kept = f"; the checkpoint of step {checkpoint.step} is kept" if checkpoint and checkpoint.path.exists() else ""
+        last = next(iter(run.checkpoints.paths), None) if run.checkpoints else None
+        kept = f"; the checkpoint of step {last} is kept" if last else ""
         raise TrainingError(
             (
                 f"the loss was {losses[bad[0, 0]].item()} at step {bad[0, 0].item() + 1}: "
@@ -332,11 +338,14 @@ def _adapters_finite(run: Run) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in run.base.adapter_parameters())
 
 
-def _save(run: Run, checkpoint: Checkpoint) -> None:
-    """Write everything that the rest of the run depends on."""
+def _save(run: Run) -> None:
+    """Write everything that the rest of the run depends on, where the run has a folder."""
+    if not run.checkpoints:
+        return
     banks = {f"{name}.{k}": v for name, bank in run.banks.items() for k, v in bank.tensors().items()}
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
-    checkpoint.save(
+    run.checkpoints.save(
+        run.step,
         {**run.base.adapter_state(), **banks, "losses": run.losses},
         optimizer=run.optimizer.state_dict(),
         state={
@@ -350,17 +359,17 @@ def _save(run: Run, checkpoint: Checkpoint) -> None:
     )
 
 
-def _restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Bring a run at step 0 to where a checkpoint left it.
+def _restore(run: Run, checkpoints: Checkpoints) -> None:
+    """Bring a run at step 0 to where its last whole checkpoint left it.
 
     Raises:
-        OutputError: The checkpoint is broken, or of another recipe.
+        OutputError: The checkpoints are broken, or of another recipe or base.
     """
-    tensors, optimizer, state = checkpoint.load()
+    tensors, optimizer, state = checkpoints.load()
     if state["recipe"] != run.recipe.to_dict():
-        raise OutputError(f"{checkpoint.path}: is of another recipe; choose another --out")
+        raise OutputError(f"{checkpoints.folder}: its checkpoint is of another recipe; choose another --out")
     if state["fingerprint"] != run.base.fingerprint:
-        raise OutputError(f"{checkpoint.path}: is of a base with other weights; choose another --out")
+        raise OutputError(f"{checkpoints.folder}: its checkpoint is of a base with other weights; choose another --out")
     prefix = f"{run.base.prefix}."
     run.base.load_adapter_state({k: v for k, v in tensors.items() if k.startswith(prefix)})
     run.optimizer.load_state_dict(optimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from PIL import Image
 from tiny import save_tiny, tiny_pipeline
 
 import esd_lora
-from esd_lora import cli, training
+from esd_lora import bases, cli, training
 from esd_lora.errors import TrainingError
 from esd_lora.patch import FILE_NAME, Patch, load_patch
 from esd_lora.recipe import load_recipe
@@ -332,7 +333,7 @@ def one_error(result: Result, message: str) -> None:
         (["--base", "{worlds}/flux"], "{worlds}/flux: FluxPipeline is not supported; supported: Stable"),
         (["--base", "{worlds}/broken"], "{worlds}/broken: cannot load the pipeline: "),
         (["--base", "{worlds}/no-attention"], "{worlds}/no-attention: layers esd-x match nothing in the denoiser"),
-        (["--out", "{worlds}/file/out"], "{worlds}/file/out/recipe.yaml: cannot write: Not a directory"),
+        (["--out", "{worlds}/file/out"], "{worlds}/file/out: cannot write: Not a directory"),
         (["--out", "{worlds}/photos/../flux"], "{worlds}/photos/../flux: not empty, and holds no run"),
     ],
 )
@@ -453,11 +454,26 @@ def test_a_run_that_breaks_is_a_failure_and_not_a_mistake(
     assert (result.code, result.out, result.err) == (1, "", "error: the loss was nan\n")
 
 
-def test_an_interrupted_run_says_how_to_go_on(call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("place", ["_step", "load_base"])
+def test_an_interrupted_run_says_how_to_go_on(
+    call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, by: int, code: int, place: str
+) -> None:
+    module: Any = training if place == "_step" else bases
+    honest = getattr(module, place)
 
-    monkeypatch.setattr(training, "train", interrupted)
-    result = call("train", "--base", tiny_folder, "--erase", "cat")
-    assert (result.code, result.out) == (130, "")
-    assert result.err == "interrupted; --resume goes on from the last checkpoint\n"
+    def struck(*given: Any, **how: Any) -> Any:
+        signal.raise_signal(by)
+        return honest(*given, **how)
+
+    command = ["train", "--base", str(tiny_folder), "--erase", "a cat", *SHORT]
+    with monkeypatch.context() as once:
+        once.setattr(module, place, struck)
+        result = call(*command, "--out", "run")
+    again = shlex.join(["esd-lora", *command, "--out", "run", "--resume"])
+    assert (result.code, result.out, result.err) == (code, "", f"interrupted; go on with: {again}\n")
+    left = [p.name for p in Path("run").iterdir()] if Path("run").exists() else []
+    assert sorted(left) == ([] if place == "load_base" else ["checkpoint-00001.safetensors", "recipe.yaml"])
+    assert call(*shlex.split(again)[1:]).code == 0
+    call(*command, "--out", "whole")
+    assert Path("run", FILE_NAME).read_bytes() == Path("whole", FILE_NAME).read_bytes()
