@@ -27,7 +27,7 @@ from esd_lora.errors import EsdLoraError, OutputError, PatchError, RecipeError
 
 if TYPE_CHECKING:
     from esd_lora.bases import Base
-    from esd_lora.patch import Patch
+    from esd_lora.patch import Outline, Patch
     from esd_lora.recipe import Recipe
 
 app = typer.Typer(
@@ -178,10 +178,10 @@ def generate(
 @app.command()
 def show(patch: Annotated[str, typer.Argument(help="A patch's folder or file.")], as_json: Json = False) -> None:
     """Print what a patch is: concepts, base, layers, rank, cost and scores."""
-    from esd_lora.patch import load_patch
+    from esd_lora.patch import read_outline
 
-    loaded = load_patch(patch)
-    _print({"patch": patch, **_facts(loaded), **(loaded.info if as_json else {})}, as_json=as_json)
+    outline = read_outline(patch)
+    _print({"patch": patch, **_facts(outline), **(outline.info if as_json else {})}, as_json=as_json)
 
 
 @app.command()
@@ -433,7 +433,7 @@ def _base(name: str, **how: Any) -> Base:
     return load_base(name, **how)
 
 
-def _facts(patch: Patch) -> dict[str, Any]:
+def _facts(patch: Patch | Outline) -> dict[str, Any]:
     """What a person wants to know of a patch."""
     recipe, ranks = patch.info.get("recipe", {}), patch.ranks
     concepts = [
@@ -448,8 +448,8 @@ def _facts(patch: Patch) -> dict[str, Any]:
         "layers": recipe.get("layers"),
         "modules": len(ranks),
         "rank": sorted(set(ranks.values())),
-        "parameters": sum(t.numel() for t in patch.tensors.values()),
-        "megabytes": round(sum(t.numel() * t.element_size() for t in patch.tensors.values()) / 1e6, 3),
+        "parameters": patch.parameters,
+        "megabytes": round(patch.nbytes / 1e6, 3),
         "forward_passes": patch.info.get("cost", {}).get("forward_passes"),
         "loss": patch.info.get("loss"),
         "scores": patch.info.get("scores"),

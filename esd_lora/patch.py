@@ -6,6 +6,8 @@ nothing of us. Its header has `lora_adapter_metadata`, with only the keys that e
 for byte. Alpha equals the rank, so that programs which ignore metadata scale the patch right.
 
     ΔW = lora_B · lora_A          (out, in) = (out, r) · (r, in)
+
+torch is imported where numbers are handled, so that what a patch is can be told without it.
 """
 
 from __future__ import annotations
@@ -17,21 +19,21 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
-import safetensors.torch
-import torch
 from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from esd_lora.errors import OutputError, PatchError
 from esd_lora.recipe import Concept
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 SCHEMA = 1
@@ -86,6 +88,31 @@ PARTS: TypeAdapter[Any] = TypeAdapter(Parts)
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What a patch is without its numbers: the shapes of its tensors, their bytes, and its `info`."""
+
+    sizes: Mapping[str, tuple[int, ...]]
+    nbytes: int
+    info: Mapping[str, Any]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each adapted module, by its name with the denoiser's prefix."""
+        return {k.removesuffix(".lora_A.weight"): v[0] for k, v in self.sizes.items() if ".lora_A." in k}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        return sum(map(math.prod, self.sizes.values()))
+
+    @property
+    def concepts(self) -> list[dict[str, Any]]:
+        """The concepts that it erases, as its recipe names them, or the recipes of all parts of a stack."""
+        parts = self.info.get("stack", [self.info])
+        return [concept for part in parts for concept in part.get("recipe", {}).get("concepts", [])]
+
+
+@dataclass(frozen=True)
 class Patch:
     """An erasure patch: tensors by diffusers' names and a JSON document about them.
 
@@ -99,9 +126,25 @@ class Patch:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def outline(self) -> Outline:
+        """What it is without its numbers."""
+        sizes = {k: tuple(v.shape) for k, v in self.tensors.items()}
+        return Outline(sizes, sum(v.nbytes for v in self.tensors.values()), self.info)
+
+    @property
     def ranks(self) -> dict[str, int]:
         """Rank of each adapted module, by its name with the denoiser's prefix."""
-        return {k.removesuffix(".lora_A.weight"): len(v) for k, v in self.tensors.items() if ".lora_A." in k}
+        return self.outline.ranks
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        return self.outline.parameters
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.outline.nbytes
 
     @property
     def prefix(self) -> str:
@@ -117,8 +160,7 @@ class Patch:
     @property
     def concepts(self) -> list[dict[str, Any]]:
         """The concepts that it erases, as its recipe names them, or the recipes of all parts of a stack."""
-        parts = self.info.get("stack", [self.info])
-        return [concept for part in parts for concept in part.get("recipe", {}).get("concepts", [])]
+        return self.outline.concepts
 
     @property
     def erases(self) -> str:
@@ -158,6 +200,8 @@ class Patch:
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file of these tensors, the same bytes every time (the library orders metadata at random)."""
+    import safetensors.torch
+
     raw: bytes = safetensors.torch.save({k: tensors[k].contiguous() for k in sorted(tensors)})
     (length,) = struct.unpack("<Q", raw[:8])
     body = json.loads(raw[8 : 8 + length])
@@ -230,19 +274,60 @@ def load_patch(path: str | Path) -> Patch:
     Raises:
         PatchError: Nothing there, not a safetensors file, not a patch, or a tensor that is not finite.
     """
+    file = _file_of(path)
+    with _opened(file, "pt") as store:
+        metadata = store.metadata() or {}
+        tensors = {k: store.get_tensor(k) for k in store.keys()}  # noqa: SIM118 (not a mapping)
+    info = _read_header(file, metadata.get("esd_lora", "{}"))
+    _check_shapes(file, {k: tuple(v.shape) for k, v in tensors.items() if v.is_floating_point()}, list(tensors))
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise PatchError(f"{file}: {name} has values that are not finite")
+    return Patch(_scaled(file, tensors, metadata.get("lora_adapter_metadata", "{}")), info)
+
+
+def read_outline(path: str | Path) -> Outline:
+    """What the patch in a folder or file is; its numbers are not looked at.
+
+    Raises:
+        PatchError: Nothing there, not a safetensors file, or not a patch.
+    """
+    file = _file_of(path)
+    with _opened(file, "np") as store:
+        metadata = store.metadata() or {}
+        slices = {k: store.get_slice(k) for k in store.keys()}  # noqa: SIM118 (not a mapping)
+        sizes = {k: tuple(v.get_shape()) for k, v in slices.items()}
+        floats = {k: int(m[1]) // 8 for k, v in slices.items() if (m := re.fullmatch(r"B?F(\d+)\w*", v.get_dtype()))}
+    info = _read_header(file, metadata.get("esd_lora", "{}"))
+    _check_shapes(file, {k: sizes[k] for k in floats}, list(sizes))
+    return Outline(sizes, sum(each * math.prod(sizes[k]) for k, each in floats.items()), info)
+
+
+def _file_of(path: str | Path) -> Path:
+    """The file of a patch's folder, or the file itself.
+
+    Raises:
+        PatchError: There is none.
+    """
     path = Path(path)
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise PatchError(f"{path}: no patch here; a patch is a folder with {FILE_NAME}, or such a file")
+    return file
+
+
+@contextmanager
+def _opened(file: Path, framework: str) -> Iterator[Any]:
+    """A safetensors file to read from.
+
+    Raises:
+        PatchError: It cannot be read, or is none.
+    """
     try:
-        with safe_open(file, framework="pt") as store:
-            metadata = store.metadata() or {}
-            tensors = {k: store.get_tensor(k) for k in store.keys()}  # noqa: SIM118 (not a mapping)
+        with safe_open(file, framework=framework) as store:
+            yield store
     except (SafetensorError, OSError) as error:
         raise PatchError(f"{file}: not a safetensors file: {error}") from error
-    info = _read_header(file, metadata.get("esd_lora", "{}"))
-    _check_tensors(file, tensors)
-    return Patch(_scaled(file, tensors, metadata.get("lora_adapter_metadata", "{}")), info)
 
 
 def _read_header(file: Path, text: str) -> dict[str, Any]:
@@ -282,7 +367,7 @@ def _scaled(file: Path, tensors: Mapping[str, Tensor], text: str) -> dict[str, T
             scale = alpha / (math.sqrt(r) if told.get("use_rslora") else r)
             up = tensors[f"{name}.lora_B.weight"]
             up = up if scale == 1 else up.float() * scale
-            if r != rank or not torch.isfinite(up).all():
+            if r != rank or not up.isfinite().all():
                 raise PatchError(f"{file}: its lora_adapter_metadata does not fit {name} of rank {rank}")
             scaled[f"{name}.lora_B.weight"] = up
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, re.error) as error:
@@ -296,26 +381,29 @@ def _told_of(name: str, told: Mapping[str, Any], key: str, pattern: str) -> Any:
     return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), told[key])
 
 
-def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Every tensor is a finite low-rank factor with its partner.
+def _check_shapes(file: Path, floats: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> None:
+    """Every tensor is a low-rank factor with its partner.
+
+    Args:
+        file: For the message.
+        floats: The shapes of those that have floating-point numbers.
+        names: Of all tensors.
 
     Raises:
         PatchError: The first one that is not.
     """
-    if not tensors:
+    if not names:
         raise PatchError(f"{file}: holds no tensors")
-    prefixes = sorted({name.split(".", 1)[0] for name in tensors})
+    prefixes = sorted({name.split(".", 1)[0] for name in names})
     if len(prefixes) > 1 or prefixes[0] not in PREFIXES:
         raise PatchError(f"{file}: adapts {' and '.join(prefixes)}; a patch adapts {' or '.join(PREFIXES)} alone")
-    for name, tensor in tensors.items():
+    for name in names:
         kind = ".lora_A." if ".lora_A." in name else ".lora_B."
-        other = tensors.get(name.replace(kind, ".lora_B." if kind == ".lora_A." else ".lora_A."))
-        factor = kind in name and name.endswith(".weight") and tensor.ndim == 2 and tensor.numel()
-        if not factor or not tensor.is_floating_point():
+        partner = name.replace(kind, ".lora_B." if kind == ".lora_A." else ".lora_A.")
+        size, other = floats.get(name, ()), floats.get(partner, ())
+        if kind not in name or not name.endswith(".weight") or len(size) != 2 or not math.prod(size):
             raise PatchError(f"{file}: {name} is not a low-rank factor in diffusers' naming")
-        if other is None:
+        if partner not in names:
             raise PatchError(f"{file}: {name} lacks its other factor")
-        if kind == ".lora_A." and (other.ndim != 2 or len(tensor) != other.shape[1]):
-            raise PatchError(f"{file}: {name} is {tuple(tensor.shape)}, which does not fit {tuple(other.shape)}")
-        if not torch.isfinite(tensor).all():
-            raise PatchError(f"{file}: {name} has values that are not finite")
+        if kind == ".lora_A." and (len(other) != 2 or size[0] != other[1]):
+            raise PatchError(f"{file}: {name} is {size}, which does not fit {other}")

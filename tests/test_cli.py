@@ -75,6 +75,17 @@ def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str]) -> None
     assert done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("json", [(), ("--json",)], ids=str)
+def test_show_imports_no_torch(patch_folder: Path, json: tuple[str, ...]) -> None:
+    code = (
+        f"import sys; sys.argv = ['esd-lora', 'show', {str(patch_folder)!r}, *{json}]\nfrom esd_lora.cli import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "sys.exit(3 if {'torch', 'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, "cat" in done.stdout) == (0, True), done.stderr
+
+
 def test_importing_the_package_is_free_and_its_names_are_there() -> None:
     assert esd_lora.__all__ == sorted(esd_lora.__all__)
     assert all(getattr(esd_lora, name).__name__ == name for name in esd_lora.__all__)
