@@ -5,7 +5,8 @@
 The loop does nothing but gradient steps: prompts are encoded and targets recorded before it, losses stay on the device
 and are read every few steps. A run writes a checkpoint now and then, and when it is told to stop; continued from it, the
 patch is the same, bit for bit, as that of a run that was never interrupted, because batches follow from the seed and the
-step alone.
+step alone. Several processes share the trajectories and every batch, and add up their gradients, so that a recipe means the
+same however many there are.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator, DataLoaderConfiguration
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
+from esd_lora import processes
 from esd_lora.bases import DTYPES
 from esd_lora.bases.base import Base, Condition
 from esd_lora.checkpoint import Checkpoints
@@ -80,6 +81,9 @@ def train(
 ) -> Patch:
     """The patch that a recipe asks for.
 
+    Under `accelerate launch` each process calls this, gets the patch, and has done its share; the main process alone
+    writes to `out` and calls back.
+
     Args:
         recipe: What to erase, and how.
         base: The model; its weights are not changed, and the adapters are off it again afterwards.
@@ -91,13 +95,21 @@ def train(
 
     Raises:
         OutputError: `out` holds another run or is in use by one, or cannot be written to.
-        TrainingError: The loss is no longer a number; the last good checkpoint is kept.
+        TrainingError: The loss is no longer a number, or memory runs out; the last good checkpoint is kept.
         BaseModelError, RecipeError: The layers match nothing, or the rank is too high.
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the step was finished, and a checkpoint written.
     """
     recipe = resolve(recipe)
-    with locked(out) if out else nullcontext():
-        finished = finished_run(out, recipe, base, resume=resume) if out else None
+    processes.join(base.device)
+    if not processes.is_main():
+        on_step = on_sample = on_stage = None
+    with ExitStack() as held:
+
+        def enter(folder: Path) -> Patch | None:
+            held.enter_context(locked(folder))
+            return finished_run(folder, recipe, base, resume=resume)
+
+        finished = processes.agreed(partial(enter, out)) if out else None
         return finished or _train(recipe, base, out, on_step, on_sample, on_stage)
 
 
@@ -115,34 +127,41 @@ def _train(
     base.remove_adapters()
     torch.manual_seed(recipe.seed)
     base.add_adapter(layers=recipe.layers, rank=recipe.rank)
-    tell = on_stage and partial(on_stage, "vocabulary")
+    solved = partial(closed_form_patch, base, recipe, on_prompts=on_stage and partial(on_stage, "vocabulary"))
     losses = torch.zeros(0)
     try:
         if recipe.keys == "closed-form" and recipe.objective != "closed-form":
-            base.load_adapter_state(closed_form_patch(base, recipe, on_prompts=tell))
+            base.load_adapter_state(processes.agreed(solved))
             base.freeze_keys()
         if out:  # not before the base has said that it can be adapted so: a refused run leaves nothing behind
-            write_file(out / RECIPE, recipe.to_yaml().encode())
+            processes.agreed(partial(write_file, out / RECIPE, recipe.to_yaml().encode()))
         if recipe.objective == "closed-form":
-            patch = Patch(closed_form_patch(base, recipe, on_prompts=tell), _provenance(recipe, base))
+            patch = Patch(processes.agreed(solved), _provenance(recipe, base))
         else:
             run = _begin(recipe, base, out)
             run.on_stage = on_stage
-            if run.checkpoints and run.checkpoints.paths:
+            if run.checkpoints:
                 _restore(run, run.checkpoints)
             with run.signals:
                 _loop(run, on_step, on_sample)
             losses = run.losses
             patch = Patch(base.adapter_state(), _provenance(recipe, base, passes=run.passes, losses=losses))
+    except torch.OutOfMemoryError as error:
+        raise TrainingError("out of memory: try gradient_checkpointing, a smaller batch_size, or dtype bf16") from error
     finally:
         base.remove_adapters()
     if out:
-        if len(losses):
-            write_file(out / "loss.csv", _csv(losses))
-        write_file(out / "run.yaml", _cost(started, base.device))
-        patch.save(out)  # the last, for it says that the run is done
-        Checkpoints(out).remove()
+        processes.agreed(partial(_write, out, patch, losses, _cost(started, base.device)))
     return patch
+
+
+def _write(out: Path, patch: Patch, losses: Tensor, cost: bytes) -> None:
+    """Leave what a run has made."""
+    if len(losses):
+        write_file(out / "loss.csv", _csv(losses))
+    write_file(out / "run.yaml", cost)
+    patch.save(out)  # the last, for it says that the run is done
+    Checkpoints(out).remove()
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -156,9 +175,15 @@ def _check_environment(recipe: Recipe, base: Base, out: Path | None) -> None:
     """Nothing, if this machine and this base can do what the recipe asks for.
 
     Raises:
-        RecipeError: A package is missing, or the precision is not for this device or not the base's.
+        RecipeError: A package is missing, the precision is not for this device or not the base's, or a batch is too
+            small for so many processes.
     """
     base.check(recipe)
+    if recipe.batch_size < processes.count():
+        many = processes.count()
+        raise RecipeError(
+            f"batch_size: {recipe.batch_size} cannot be shared by {many} processes; it must be {many} or more"
+        )
     if recipe.log_with and (out is None or importlib.util.find_spec(recipe.log_with) is None):
         need = "an output folder" if out is None else f"its package: pip install esd_lora[{recipe.log_with}]"
         raise RecipeError(f"log_with: {recipe.log_with} needs {need}")
@@ -170,10 +195,10 @@ def _check_environment(recipe: Recipe, base: Base, out: Path | None) -> None:
 
 def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
     """A run at step 0: prompts encoded, optimizer ready, nothing recorded yet."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # else a second run with another dtype is refused
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.dtype, recipe.dtype),
         cpu=base.device.type == "cpu",
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # one step of the schedule for all processes
         log_with=recipe.log_with,
         project_dir=out,
     )
@@ -220,19 +245,21 @@ def _loop(
             on_sample(run.step)
             run.base.free_encoders()
         _stop_if_told(run)
-    run.accelerator.end_training()
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
 
 
 def _stop_if_told(run: Run) -> None:
     """Nothing, if no signal came; otherwise the run's end, with a checkpoint of the last step. Not amid a step.
 
     Raises:
-        KeyboardInterrupt, SystemExit: A signal came.
+        KeyboardInterrupt, SystemExit: A signal came, to this process or to another.
     """
-    if run.signals.came:
+    came = processes.largest(run.signals.came, run.base.device)
+    if came:
         if run.step and torch.isfinite(run.losses).all() and _adapters_finite(run):
             _save(run)
-        raise stop(run.signals.came)
+        raise stop(came)
 
 
 def _fill_banks(run: Run) -> None:
@@ -246,19 +273,21 @@ def _fill_banks(run: Run) -> None:
             run.on_stage("record", done, of)
 
     def recorded(questions: list[Question], first_seed: int, *, steps: int, edited: bool) -> Bank:
-        bank, passes = record(
+        mine = processes.share(range(len(questions)))
+        part, passes = record(
             run.base,
             run.conditions,
-            questions,
-            range(first_seed, first_seed + len(questions)),
+            [questions[i] for i in mine],
+            [first_seed + i for i in mine],
             steps=steps,
             guidance_scale=recipe.guidance_scale,
             resolution=recipe.resolution,
             edited=edited,
             on_step=on_step,
         )
-        run.passes += passes
-        return bank
+        run.passes += processes.summed(passes, run.base.device)
+        together = partial(processes.gathered, shared=len(mine), of=len(questions))
+        return Bank(**{name: together(rows) for name, rows in part.tensors().items()})
 
     if "erase" not in run.banks or (edited and run.step % recipe.refresh_every == 0):
         age = run.step // recipe.refresh_every if edited else 0
@@ -273,8 +302,9 @@ def _step(run: Run) -> None:
     """One gradient step on a batch of erasing and, where asked for, as many preserving examples."""
     recipe, accelerator = run.recipe, run.accelerator
     x, t, target, s, weight = [], [], [], [], []
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
     for kind, (name, bank) in enumerate(run.banks.items()):
-        order = _rows(len(bank), run.step, recipe, kind)
+        order = _rows(len(bank), run.step, recipe, kind)[mine]
         if bank.x.device.type == "cuda":
             order = order.pin_memory()
         rows = order.to(bank.x.device, non_blocking=True)
@@ -283,17 +313,18 @@ def _step(run: Run) -> None:
         target.append(bank.target[rows])
         s.append(bank.s[rows])
         factor = recipe.preserve_weight if name == "preserve" else 1.0
-        weight.append(torch.full((len(rows),), factor / len(rows), device=bank.x.device))
+        weight.append(torch.full((len(rows),), factor / recipe.batch_size, device=bank.x.device))
     with accelerator.autocast():
         student = run.base.predict(torch.cat(x).to(run.base.dtype), torch.cat(t), run.conditions[torch.cat(s)])
     loss = esd_loss(student, torch.cat(target), weight=torch.cat(weight))
     accelerator.backward(loss)
+    loss = processes.sum_gradients(loss.detach(), run.base.adapter_parameters())
     accelerator.clip_grad_norm_(run.base.adapter_parameters(), recipe.max_grad_norm)
     run.optimizer.step()
     run.schedule.step()
     run.optimizer.zero_grad()
-    run.losses[run.step] = loss.detach()
-    run.passes += 3 * len(student)  # a backward pass costs about two forward passes
+    run.losses[run.step] = loss
+    run.passes += 3 * recipe.batch_size * len(run.banks)  # a backward pass costs about two forward passes
 
 
 def _rows(size: int, step: int, recipe: Recipe, kind: int) -> Tensor:
@@ -344,7 +375,8 @@ def _save(run: Run) -> None:
         return
     banks = {f"{name}.{k}": v for name, bank in run.banks.items() for k, v in bank.tensors().items()}
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
-    run.checkpoints.save(
+    save = partial(
+        run.checkpoints.save,
         run.step,
         {**run.base.adapter_state(), **banks, "losses": run.losses},
         optimizer=run.optimizer.state_dict(),
@@ -357,15 +389,19 @@ def _save(run: Run) -> None:
             "fingerprint": run.base.fingerprint,
         },
     )
+    processes.agreed(save)
 
 
 def _restore(run: Run, checkpoints: Checkpoints) -> None:
-    """Bring a run at step 0 to where its last whole checkpoint left it.
+    """Bring a run at step 0 to where its last whole checkpoint left it, if there is any.
 
     Raises:
         OutputError: The checkpoints are broken, or of another recipe or base.
     """
-    tensors, optimizer, state = checkpoints.load()
+    saved = processes.agreed(lambda: checkpoints.load() if checkpoints.paths else None)
+    if not saved:
+        return
+    tensors, optimizer, state = saved
     if state["recipe"] != run.recipe.to_dict():
         raise OutputError(f"{checkpoints.folder}: its checkpoint is of another recipe; choose another --out")
     if state["fingerprint"] != run.base.fingerprint:

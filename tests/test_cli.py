@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import RecipeOf
 from PIL import Image
+from test_processes import launch
 from tiny import save_tiny, tiny_pipeline
 
 import esd_lora
@@ -137,6 +139,88 @@ def test_train_takes_a_recipe_and_options_win(call: Call, tiny_folder: Path) -> 
     assert set(load_patch("runs/dog").ranks.values()) == {3}
     again = call("train", "cat.yaml", "--set", "rank=3", "--erase", "dog", "--replace-with", "a bird", "--resume", "-q")
     assert (again.code, again.err) == (0, "")
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The bases that are loaded from now on."""
+    honest, names = bases.load_base, []
+
+    def load(name: str, **how: Any) -> Any:
+        names.append(name)
+        return honest(name, **how)
+
+    monkeypatch.setattr(bases, "load_base", load)
+    return names
+
+
+def written(name: str, tiny_folder: Path, **values: object) -> str:
+    """A recipe file that trains in no time."""
+    short = {"base": str(tiny_folder), "steps": 2, "trajectories": 1, "trajectory_steps": 2, "preserve": ["dog"]}
+    Path(name).write_text(json.dumps({**short, **values}))  # JSON is YAML
+    return name
+
+
+def test_several_recipes_are_trained_with_one_base_as_each_alone(
+    call: Call, tiny_folder: Path, loads: list[str]
+) -> None:
+    names = [written(f"{c}.yaml", tiny_folder, concepts=c, rank=r) for c, r in (("cat", 2), ("dog", 3), ("bird", 1))]
+    result = call("train", *names, "--out", "all", "--set", "steps=3", "--json")
+    assert (result.code, result.err, loads) == (0, "", [str(tiny_folder)])
+    told = json.loads(result.out)
+    assert [(k, v["erases"], v["rank"]) for k, v in told.items()] == [
+        ("all/cat", ["cat"], [2]),
+        ("all/dog", ["dog"], [3]),
+        ("all/bird", ["bird"], [1]),
+    ]
+    call("train", "dog.yaml", "--out", "alone", "--set", "steps=3")
+    for name in (FILE_NAME, "loss.csv", "grid.png", "recipe.yaml"):
+        assert Path("all/dog", name).read_bytes() == Path("alone", name).read_bytes(), name
+    before = {p: p.stat().st_mtime_ns for p in Path("all").rglob("*.*")}
+    again = call("train", *names, "--out", "all", "--set", "steps=3", "--json", "--resume")
+    assert (again.code, json.loads(again.out)) == (0, told)
+    assert {p: p.stat().st_mtime_ns for p in Path("all").rglob("*.*")} == before  # done, and not done again
+
+
+def test_a_recipe_that_fails_does_not_lose_the_others(call: Call, tiny_folder: Path) -> None:
+    first = written("first.yaml", tiny_folder, concepts="cat", rank=33)  # only the base knows that it is too much
+    second = written("second.yaml", tiny_folder, concepts="dog", base="nowhere")
+    third = written("third.yaml", tiny_folder, concepts="bird")
+    result = call("train", first, second, third, "--json")
+    assert (result.code, list(json.loads(result.out))) == (2, ["runs/third"])
+    lines = result.err.splitlines()
+    assert lines[0].startswith("error: runs/first: rank: must be at most 32, ")
+    assert lines[1].startswith("error: runs/second: nowhere: neither `emoji`, nor a folder, nor a Hub id")
+    assert lines[2:] == ["error: 2 of 3 recipes failed: runs/first, runs/second"]
+    assert [p.name for p in Path("runs").iterdir()] == ["third"]
+
+
+def test_a_failure_among_mistakes_is_a_failure(call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [written(f"{c}.yaml", tiny_folder, concepts=c, rank=33) for c in ("cat", "dog")]
+    monkeypatch.setattr(training, "finished_run", lambda out, *_, **__: broken() if out.name == "dog" else None)
+
+    def broken() -> None:
+        raise TrainingError("the loss was nan")
+
+    assert call("train", *names).code == 1
+
+
+def test_several_recipes_are_all_read_before_anything_is_trained(
+    call: Call, tiny_folder: Path, loads: list[str]
+) -> None:
+    good = written("cat.yaml", tiny_folder, concepts="cat")
+    Path("below").mkdir()
+    twin = written("below/cat.yaml", tiny_folder, concepts="dog")
+    bad = written("bad.yaml", tiny_folder, concepts="dog", rnak=3)
+    result = call("train", good, bad, twin, "nothing")
+    assert (result.code, result.out, loads) == (2, "", [])
+    assert result.err.splitlines() == [
+        "error: bad.yaml: rnak: unknown key; did you mean rank?",
+        "below/cat.yaml: another recipe has runs/cat already; train it by itself, with --out",
+        "nothing: no such file and no shipped recipe; `esd-lora recipes` lists them",
+    ]
+    one_error(call("train", good, bad, "--erase", "dog"), "--erase would be the concept of all these recipes; ")
+    assert not Path("runs").exists()
 
 
 def test_generate_makes_the_same_noise_with_and_without_a_patch(
@@ -488,3 +572,21 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert call(*shlex.split(again)[1:]).code == 0
     call(*command, "--out", "whole")
     assert Path("run", FILE_NAME).read_bytes() == Path("whole", FILE_NAME).read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_of_several_processes_the_first_alone_speaks_and_draws(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        result = call("train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--out", "run", "--json")
+        assert (result.code, result.err) == (0, "")
+        assert result.out if rank == 0 else not result.out
+
+    def refused(rank: int) -> None:
+        result = call("train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--out", "run")
+        assert (result.code, result.err.count("\n")) == (2, 1 if rank == 0 else 0)
+
+    assert launch(work) == [0, 0]
+    assert launch(refused) == [0, 0]
+    assert {p.name for p in Path("run").iterdir()} == {
+        *(FILE_NAME, "recipe.yaml", "loss.csv", "run.yaml", "loss.png", "grid.png"),
+    }

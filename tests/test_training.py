@@ -465,6 +465,23 @@ def test_a_learning_rate_that_is_far_too_high_ends_the_run_at_its_step(base: Bas
     assert "kept" not in str(caught.value)
 
 
+def test_running_out_of_memory_is_one_line_and_keeps_the_last_checkpoint(
+    base: Base, recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = training._step
+
+    def step(run: training.Run) -> None:
+        if run.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …\nmany lines")
+        honest(run)
+
+    monkeypatch.setattr(training, "_step", step)
+    with pytest.raises(TrainingError, match=r"^out of memory: try gradient_checkpointing, a smaller batch_size, or"):
+        train(recipe_of(checkpoint_every=2), base, out=tmp_path / "run")
+    assert names_in(tmp_path / "run") == [checkpoint(2), "recipe.yaml"]
+    assert not base.adapter_parameters()
+
+
 def test_an_interrupt_does_not_save_what_is_no_number(base: Base, recipe_of: RecipeOf, tmp_path: Path) -> None:
     recipe = recipe_of(lr=1e30, lr_schedule="constant")
     with pytest.raises(KeyboardInterrupt):
