@@ -7,8 +7,8 @@ times a patch or a stack of two on, a picture, and off. Printed as JSON, and wri
 memory over the second half of each part, live tensors and modules at its middle and end, and whether the base is bit-equal to
 what it was.
 
-Bound: 20 kB for each round. What grows with every round and is no tensor, such as an entry in a library's cache, is below
-that; a forgotten adapter of the tiny pipeline (16 layers, rank 4) is 16 kB of numbers and some 300 kB of modules and hooks.
+Bound: 20 kB for each round. What memory allocators lose is below that; a forgotten adapter of the tiny pipeline has 16 kB of
+numbers alone (16 layers, rank 4), and the moments of its optimizer have twice that.
 """
 
 import argparse

@@ -190,7 +190,7 @@ def test_a_recipe_that_fails_does_not_lose_the_others(call: Call, tiny_folder: P
     assert (result.code, list(json.loads(result.out))) == (2, ["runs/third"])
     lines = result.err.splitlines()
     assert lines[0].startswith("error: runs/first: rank: must be at most 32, ")
-    assert lines[1].startswith("error: runs/second: nowhere: neither `emoji`, nor a folder, nor a Hub id")
+    assert lines[1].startswith("error: runs/second: nowhere: neither `emoji`, nor a folder")
     assert lines[2:] == ["error: 2 of 3 recipes failed: runs/first, runs/second"]
     assert [p.name for p in Path("runs").iterdir()] == ["third"]
 
