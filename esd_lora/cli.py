@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +28,7 @@ from esd_lora.errors import EsdLoraError, OutputError, PatchError, RecipeError
 
 if TYPE_CHECKING:
     from esd_lora.bases import Base
-    from esd_lora.patch import Patch
+    from esd_lora.patch import Outline, Patch
     from esd_lora.recipe import Recipe
 
 app = typer.Typer(
@@ -56,6 +58,9 @@ Reference = Annotated[
 Weighted = Annotated[
     list[str], typer.Argument(help="Patches or their Hub ids, each with an optional weight, as in P:0.5.")
 ]
+RecipeFiles = Annotated[
+    list[str] | None, typer.Argument(help="A recipe: a YAML file, or the name of a shipped one; or several.")
+]
 RecipeFile = Annotated[str | None, typer.Argument(help="A recipe: a YAML file, or the name of a shipped one.")]
 Erase = Annotated[list[str] | None, typer.Option(help="A concept to erase, in words; repeat for several.")]
 From = Annotated[str | None, typer.Option("--from", help="Erase the concept from this prompt only.")]
@@ -74,13 +79,16 @@ def _main(
 
 @app.command()
 def train(
-    recipe: RecipeFile = None,
+    recipe: RecipeFiles = None,
     base: BaseName = None,
     erase: Erase = None,
     from_: From = None,
     replace_with: ReplaceWith = None,
     overrides: Set = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the patch. Default: runs/ and the concept.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the patch, or for those of several recipes. Default: runs/ and the concept."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
     device: DeviceName = None,
@@ -89,32 +97,87 @@ def train(
 ) -> None:
     """Train an erasure patch: from a recipe, or with --base and --erase.
 
-    Leaves the patch, the resolved recipe, the loss (CSV and PNG) and a before/after grid in the output folder.
+    Leaves the patch, the resolved recipe, the loss (CSV and PNG) and a before/after grid in the output folder. Several
+    recipes share what is loaded, and each gets a folder of its name in --out.
     """
     chosen = [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
-    wanted = _recipe(recipe, base=base, erase=erase, from_=from_, replace_with=replace_with, overrides=chosen)
-    words = re.findall(r"\w+", " ".join(dict.fromkeys(c.erase for c in wanted.concepts)))
-    folder = out or Path("runs") / ("-".join(words) or "patch")
+    how = {"base": base, "erase": erase, "from_": from_, "replace_with": replace_with, "overrides": chosen}
+    jobs = _jobs(recipe or [], out, **how)
+    from esd_lora import processes
+
+    device = device or processes.own_device()
+    loaded: dict[tuple[str | None, ...], Base] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    failed: dict[str, EsdLoraError] = {}
+    for folder, wanted in jobs.items():
+        try:
+            name, revision, dtype = key = wanted.base, wanted.revision, wanted.dtype
+            if key not in loaded:
+                loaded.clear()  # makes room
+                loaded[key] = _base(name, revision=revision, device=device, dtype=dtype)
+            told = _train(wanted, loaded[key], folder, resume=resume, quiet=quiet)
+            facts[str(folder)] = {"patch": str(folder), **told}
+        except EsdLoraError as error:
+            if len(jobs) == 1:
+                raise
+            failed[str(folder)] = error
+            stderr.print(f"error: {folder}: {error}", markup=False, soft_wrap=True)
+    processes.leave()
+    _print(facts if len(jobs) > 1 else facts.popitem()[1], as_json=as_json)
+    if failed:
+        worst = min(failed.values(), key=lambda error: error.exit_code)
+        raise type(worst)(f"{len(failed)} of {len(jobs)} recipes failed: {', '.join(failed)}")
+
+
+def _jobs(recipes: list[str], out: Path | None, **options: Any) -> dict[Path, Recipe]:
+    """What to train, by the folders of the patches; all of it is read before anything is trained.
+
+    Raises:
+        RecipeError: A recipe is wrong, or two would have one folder; all problems at once.
+    """
+    if len(recipes) < 2:
+        wanted = _recipe(next(iter(recipes), None), **options)
+        words = re.findall(r"\w+", " ".join(dict.fromkeys(c.erase for c in wanted.concepts)))
+        return {out or Path("runs") / ("-".join(words) or "patch"): wanted}
+    if options["erase"]:
+        raise RecipeError("--erase would be the concept of all these recipes; name one recipe, or none")
+    jobs: dict[Path, Recipe] = {}
+    problems = []
+    for name in recipes:
+        folder = (out or Path("runs")) / Path(name).name.removesuffix(".yaml").removesuffix(".yml")
+        try:
+            if folder in jobs:
+                raise RecipeError(f"{name}: another recipe has {folder} already; train it by itself, with --out")
+            jobs[folder] = _recipe(name, **options)
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    return jobs
+
+
+def _train(recipe: Recipe, base: Base, folder: Path, *, resume: bool, quiet: bool) -> dict[str, Any]:
+    """The facts of a patch, trained into a folder with a curve and a grid; what is there already is not drawn again."""
+    from esd_lora import processes
     from esd_lora.report import draw_loss, draw_run
     from esd_lora.training import train
 
-    model = _base(wanted.base, revision=wanted.revision, device=device, dtype=wanted.dtype)
-    with _progress("train", wanted.steps, quiet=quiet) as step:
+    with _progress(f"train {folder.name}", recipe.steps, quiet=quiet) as step:
 
         def sample(n: int) -> None:
-            draw_run(model, wanted, folder / f"sample-{n:05d}.png")
+            draw_run(base, recipe, folder / f"sample-{n:05d}.png")
 
         def stage(name: str, done: int, of: int) -> None:
             step(done, None, of, name)
 
-        patch = train(wanted, model, out=folder, resume=resume, on_step=step, on_sample=sample, on_stage=stage)
-    if wanted.objective != "closed-form":
-        draw_loss(folder)
-    draw_run(model, wanted, folder / "grid.png", patch=patch)
-    info = {"patch": str(folder), **_facts(patch)}
-    _print(info, as_json=as_json)
+        patch = train(recipe, base, out=folder, resume=resume, on_step=step, on_sample=sample, on_stage=stage)
+    if processes.is_main() and not (folder / "grid.png").exists():
+        if recipe.objective != "closed-form":
+            draw_loss(folder)
+        draw_run(base, recipe, folder / "grid.png", patch=patch)
     if not quiet and stderr.is_terminal:
-        stderr.print(f"next: {next_command(wanted, folder)}", style="dim", markup=False, soft_wrap=True)
+        stderr.print(f"next: {next_command(recipe, folder)}", style="dim", markup=False, soft_wrap=True)
+    return _facts(patch)
 
 
 def next_command(recipe: Recipe, folder: Path) -> str:
@@ -183,8 +246,10 @@ def generate(
 @app.command()
 def show(patch: Reference, as_json: Json = False) -> None:
     """Print what a patch is: concepts, base, layers, rank, cost and scores."""
-    loaded = _find(patch)
-    _print({"patch": patch, **_facts(loaded), **(loaded.info if as_json else {})}, as_json=as_json)
+    from esd_lora.patch import read_outline
+
+    outline = read_outline(_place(patch))
+    _print({"patch": patch, **_facts(outline), **(outline.info if as_json else {})}, as_json=as_json)
 
 
 @app.command()
@@ -614,10 +679,19 @@ def _patch(text: str) -> tuple[Patch, float]:
 
 def _find(reference: str) -> Patch:
     """The patch in a folder, a file, or on the Hub."""
-    _quiet_hub(quiet=False)
-    from esd_lora.hub import find_patch
+    from esd_lora.patch import load_patch
 
-    return find_patch(reference)
+    return load_patch(_place(reference))
+
+
+def _place(reference: str) -> Path:
+    """Where the patch of a reference is: a folder, a file, or what the Hub has under that name."""
+    if Path(reference).exists():
+        return Path(reference)
+    _quiet_hub(quiet=False)
+    from esd_lora.hub import place_of
+
+    return place_of(reference)
 
 
 def _base(name: str, **how: Any) -> Base:
@@ -628,7 +702,7 @@ def _base(name: str, **how: Any) -> Base:
     return load_base(name, **how)
 
 
-def _facts(patch: Patch) -> dict[str, Any]:
+def _facts(patch: Patch | Outline) -> dict[str, Any]:
     """What a person wants to know of a patch."""
     recipe, ranks = patch.info.get("recipe", {}), patch.ranks
     concepts = [
@@ -643,8 +717,8 @@ def _facts(patch: Patch) -> dict[str, Any]:
         "layers": recipe.get("layers"),
         "modules": len(ranks),
         "rank": sorted(set(ranks.values())),
-        "parameters": sum(t.numel() for t in patch.tensors.values()),
-        "megabytes": round(sum(t.numel() * t.element_size() for t in patch.tensors.values()) / 1e6, 3),
+        "parameters": patch.parameters,
+        "megabytes": round(patch.nbytes / 1e6, 3),
         "forward_passes": patch.info.get("cost", {}).get("forward_passes"),
         "loss": patch.info.get("loss"),
         "scores": patch.info.get("scores"),
@@ -723,17 +797,22 @@ def main() -> None:
             stderr.print(f"warning: {message}", markup=False)
 
     warnings.showwarning = show_warning
+    if os.environ.get("RANK", "0") != "0":  # one of several processes, of which the first alone speaks
+        stderr.quiet, sys.stdout = True, Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except EsdLoraError as error:
         stderr.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:  # typer makes an exit with 130 of Ctrl-C
-        if isinstance(end, SystemExit) and end.code != 130:
+        code = end.code if isinstance(end, SystemExit) else 130
+        if code not in (130, 143):
             raise
-        on = "; --resume goes on from the last checkpoint" if sys.argv[1:2] == ["train"] else ""
-        stderr.print(f"interrupted{on}", markup=False)
-        sys.exit(130)
+        again = [a for a in sys.argv[1:] if a != "--resume"]
+        on = f"; go on with: {shlex.join(['esd-lora', *again, '--resume'])}" if again[:1] == ["train"] else ""
+        stderr.print(f"interrupted{on}", markup=False, soft_wrap=True)
+        sys.exit(code)
     except OSError as error:
         stderr.print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), markup=False)
         sys.exit(OutputError.exit_code)

@@ -64,10 +64,15 @@ def find_patch(reference: str) -> Patch:
         RepositoryError: The Hub has no such repository or revision, or does not show it.
         HubError: The Hub cannot be reached.
     """
+    return load_patch(place_of(reference))
+
+
+def place_of(reference: str) -> Path:
+    """Where the patch of a reference is: the path itself, or in the hub's cache; see `find_patch`."""
     match = REFERENCE.fullmatch(reference)
     if Path(reference).exists() or match is None:
-        return load_patch(reference)
-    return load_patch(download(match["repo"], match["revision"]))
+        return Path(reference)
+    return download(match["repo"], match["revision"])
 
 
 def download(repo: str, revision: str | None = None, *, file: str = FILE_NAME) -> Path:

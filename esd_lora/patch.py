@@ -6,6 +6,8 @@ nothing of us. Its header has `lora_adapter_metadata`, with only the keys that e
 for byte. Alpha equals the rank, so that programs which ignore metadata scale the patch right.
 
     ΔW = lora_B · lora_A          (out, in) = (out, r) · (r, in)
+
+torch is imported where numbers are handled, so that what a patch is can be told without it.
 """
 
 from __future__ import annotations
@@ -21,18 +23,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
-import safetensors.torch
-import torch
 from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, ValidationError, with_config
 from safetensors import SafetensorError
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from esd_lora.errors import OutputError, PatchError
 from esd_lora.recipe import Concept
 from esd_lora.tensorfile import Entry, TensorFile, parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 SCHEMA = 1
@@ -87,6 +89,31 @@ PARTS: TypeAdapter[Any] = TypeAdapter(Parts)
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What a patch is without its numbers: the shapes of its tensors, their bytes, and its `info`."""
+
+    sizes: Mapping[str, tuple[int, ...]]
+    nbytes: int
+    info: Mapping[str, Any]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each adapted module, by its name with the denoiser's prefix."""
+        return {k.removesuffix(".lora_A.weight"): v[0] for k, v in self.sizes.items() if ".lora_A." in k}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        return sum(map(math.prod, self.sizes.values()))
+
+    @property
+    def concepts(self) -> list[dict[str, Any]]:
+        """The concepts that it erases, as its recipe names them, or the recipes of all parts of a stack."""
+        parts = self.info.get("stack", [self.info])
+        return [concept for part in parts for concept in part.get("recipe", {}).get("concepts", [])]
+
+
+@dataclass(frozen=True)
 class Patch:
     """An erasure patch: tensors by diffusers' names and a JSON document about them.
 
@@ -100,9 +127,25 @@ class Patch:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def outline(self) -> Outline:
+        """What it is without its numbers."""
+        sizes = {k: tuple(v.shape) for k, v in self.tensors.items()}
+        return Outline(sizes, sum(v.nbytes for v in self.tensors.values()), self.info)
+
+    @property
     def ranks(self) -> dict[str, int]:
         """Rank of each adapted module, by its name with the denoiser's prefix."""
-        return {k.removesuffix(".lora_A.weight"): len(v) for k, v in self.tensors.items() if ".lora_A." in k}
+        return self.outline.ranks
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        return self.outline.parameters
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.outline.nbytes
 
     @property
     def prefix(self) -> str:
@@ -118,8 +161,7 @@ class Patch:
     @property
     def concepts(self) -> list[dict[str, Any]]:
         """The concepts that it erases, as its recipe names them, or the recipes of all parts of a stack."""
-        parts = self.info.get("stack", [self.info])
-        return [concept for part in parts for concept in part.get("recipe", {}).get("concepts", [])]
+        return self.outline.concepts
 
     @property
     def erases(self) -> str:
@@ -163,6 +205,8 @@ class Patch:
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file of these tensors, the same bytes every time (the library orders metadata at random)."""
+    import safetensors.torch
+
     raw: bytes = safetensors.torch.save({k: tensors[k].contiguous() for k in sorted(tensors)})
     (length,) = struct.unpack("<Q", raw[:8])
     body = json.loads(raw[8 : 8 + length])
@@ -209,6 +253,12 @@ def whole(path: Path) -> Iterator[Path]:
                 p.rmdir()
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """What a process that was killed left of the files that it was writing to a folder by `whole`."""
+    found = (p for p in folder.glob(".*.????????") if p.is_dir())
+    return [p for p in found if {q.name for q in p.iterdir()} <= {"part"}]
+
+
 def check_empty(out: Path) -> None:
     """Nothing, if a new folder can be at `out`.
 
@@ -229,6 +279,27 @@ def load_patch(path: str | Path) -> Patch:
     Raises:
         PatchError: Nothing there, not a safetensors file, not a patch, or a tensor that is not finite.
     """
+    file, store, info = _opened(path)
+    return patch_of(file, store.tensors(), info, adapter=store.metadata.get("lora_adapter_metadata", "{}"))
+
+
+def read_outline(path: str | Path) -> Outline:
+    """What the patch in a folder or file is; its numbers are not looked at.
+
+    Raises:
+        PatchError: Nothing there, not a safetensors file, or not a patch.
+    """
+    _, store, info = _opened(path)
+    sizes = {name: entry.shape for name, entry in store.entries.items()}
+    return Outline(sizes, sum(entry.end - entry.start for entry in store.entries.values()), info)
+
+
+def _opened(path: str | Path) -> tuple[Path, TensorFile, dict[str, Any]]:
+    """The file of a patch's folder, or the file itself, with its header read and checked, and what that tells of the patch.
+
+    Raises:
+        PatchError: There is none, or it is not a patch.
+    """
     path = Path(path)
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
@@ -236,7 +307,7 @@ def load_patch(path: str | Path) -> Patch:
     store = TensorFile(file)
     info = read_info(file, store.metadata.get("esd_lora", "{}"))
     _check_entries(file, store.entries)
-    return patch_of(file, store.tensors(), info, adapter=store.metadata.get("lora_adapter_metadata", "{}"))
+    return file, store, info
 
 
 def patch_of(file: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any], *, adapter: str = "{}") -> Patch:
@@ -246,7 +317,7 @@ def patch_of(file: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any],
         PatchError: A tensor is not finite, or `adapter` does not fit.
     """
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not tensor.isfinite().all():
             raise PatchError(f"{file}: {name} has values that are not finite")
     return Patch(_scaled(file, tensors, adapter), info)
 
@@ -288,7 +359,7 @@ def _scaled(file: Path, tensors: Mapping[str, Tensor], text: str) -> dict[str, T
             scale = alpha / (math.sqrt(r) if told.get("use_rslora") else r)
             up = tensors[f"{name}.lora_B.weight"]
             up = up if scale == 1 else up.float() * scale
-            if r != rank or not torch.isfinite(up).all():
+            if r != rank or not up.isfinite().all():
                 raise PatchError(f"{file}: its lora_adapter_metadata does not fit {name} of rank {rank}")
             scaled[f"{name}.lora_B.weight"] = up
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, re.error) as error:

@@ -3,8 +3,8 @@
     8 bytes: length of the header │ header: JSON, each tensor's dtype, shape and place │ the tensors, end to end
 
 The length, the JSON, every name, dtype, shape and place are held against each other and against the size of the file before
-anything of a claimed size is allocated; only then does the library read the tensors. There is no other format: a pickle is
-never opened.
+anything of a claimed size is allocated; only then is torch imported, and the library reads the tensors. There is no other
+format: a pickle is never opened.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from esd_lora.errors import PatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_BYTES = 4 * 2**30
 """A rank of 256 on every layer of SDXL, in float32, is 3 GB."""
@@ -81,6 +82,8 @@ class TensorFile:
         Raises:
             PatchError: The file has changed, or cannot be read any more.
         """
+        import safetensors.torch
+
         with _one_line(self.path):
             loaded: dict[str, Tensor] = safetensors.torch.load(self.path.read_bytes())
             if loaded.keys() != self.entries.keys():

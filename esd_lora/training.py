@@ -3,8 +3,10 @@
     questions ─► bank of trajectories ─► batches ─► adapters ─► Patch
 
 The loop does nothing but gradient steps: prompts are encoded and targets recorded before it, losses stay on the device
-and are read every few steps. A run writes a checkpoint now and then; continued from it, the patch is the same, bit for
-bit, as that of a run that was never interrupted, because batches follow from the seed and the step alone.
+and are read every few steps. A run writes a checkpoint now and then, and when it is told to stop; continued from it, the
+patch is the same, bit for bit, as that of a run that was never interrupted, because batches follow from the seed and the
+step alone. Several processes share the trajectories and every batch, and add up their gradients, so that a recipe means the
+same however many there are.
 """
 
 from __future__ import annotations
@@ -16,25 +18,28 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator, DataLoaderConfiguration
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
+from esd_lora import processes
 from esd_lora.bases import DTYPES
 from esd_lora.bases.base import Base, Condition
-from esd_lora.checkpoint import Checkpoint
+from esd_lora.checkpoint import Checkpoints
 from esd_lora.closed_form import closed_form_patch
 from esd_lora.errors import OutputError, RecipeError, TrainingError
 from esd_lora.esd import esd_loss
-from esd_lora.patch import FILE_NAME, Patch, load_patch, write_file
+from esd_lora.folder import RECIPE, finished_run, locked
+from esd_lora.patch import Patch, write_file
 from esd_lora.recipe import Recipe
+from esd_lora.signals import Signals, stop
 from esd_lora.trajectories import Bank, Question, default_preserve, preserve_steps, questions_of, record
 
 CHECK_EVERY = 10
@@ -59,6 +64,8 @@ class Run:
     banks: dict[str, Bank] = field(default_factory=dict)  # "erase" and, where asked for, "preserve"
     step: int = 0
     passes: int = 0
+    signals: Signals = field(default_factory=Signals)
+    checkpoints: Checkpoints | None = None
     on_stage: Callable[[str, int, int], None] | None = None
 
 
@@ -74,57 +81,87 @@ def train(
 ) -> Patch:
     """The patch that a recipe asks for.
 
+    Under `accelerate launch` each process calls this, gets the patch, and has done its share; the main process alone
+    writes to `out` and calls back.
+
     Args:
         recipe: What to erase, and how.
         base: The model; its weights are not changed, and the adapters are off it again afterwards.
         out: Folder for the patch, the resolved recipe and the checkpoints; None keeps everything in memory.
-        resume: Go on from the checkpoint in `out`, if there is one.
+        resume: Go on from the last checkpoint in `out`, if there is one.
         on_step: Called after every step with the number of steps done and, now and then, the loss.
         on_stage: Called while something else than steps is under way, with its name, what is done of it, and the whole.
         on_sample: Called every `sample_every` steps with the number of steps done, adapters on.
 
     Raises:
-        OutputError: `out` holds another run, or cannot be written to.
-        TrainingError: The loss is no longer a number; the last good checkpoint is kept.
+        OutputError: `out` holds another run or is in use by one, or cannot be written to.
+        TrainingError: The loss is no longer a number, or memory runs out; the last good checkpoint is kept.
         BaseModelError, RecipeError: The layers match nothing, or the rank is too high.
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the step was finished, and a checkpoint written.
     """
     recipe = resolve(recipe)
-    finished = _prepare_folder(out, recipe, base, resume=resume)
-    if finished:
-        return finished
+    processes.join(base.device)
+    if not processes.is_main():
+        on_step = on_sample = on_stage = None
+    with ExitStack() as held:
+
+        def enter(folder: Path) -> Patch | None:
+            held.enter_context(locked(folder))
+            return finished_run(folder, recipe, base, resume=resume)
+
+        finished = processes.agreed(partial(enter, out)) if out else None
+        return finished or _train(recipe, base, out, on_step, on_sample, on_stage)
+
+
+def _train(
+    recipe: Recipe,
+    base: Base,
+    out: Path | None,
+    on_step: Callable[[int, float | None], None] | None,
+    on_sample: Callable[[int], None] | None,
+    on_stage: Callable[[str, int, int], None] | None,
+) -> Patch:
+    """The patch, in a folder that is this run's or in memory; see `train`."""
     started = time.monotonic()
     _check_environment(recipe, base, out)
     base.remove_adapters()
     torch.manual_seed(recipe.seed)
     base.add_adapter(layers=recipe.layers, rank=recipe.rank)
-    tell = on_stage and partial(on_stage, "vocabulary")
+    solved = partial(closed_form_patch, base, recipe, on_prompts=on_stage and partial(on_stage, "vocabulary"))
     losses = torch.zeros(0)
     try:
         if recipe.keys == "closed-form" and recipe.objective != "closed-form":
-            base.load_adapter_state(closed_form_patch(base, recipe, on_prompts=tell))
+            base.load_adapter_state(processes.agreed(solved))
             base.freeze_keys()
         if out:  # not before the base has said that it can be adapted so: a refused run leaves nothing behind
-            write_file(out / "recipe.yaml", recipe.to_yaml().encode())
+            processes.agreed(partial(write_file, out / RECIPE, recipe.to_yaml().encode()))
         if recipe.objective == "closed-form":
-            patch = Patch(closed_form_patch(base, recipe, on_prompts=tell), _provenance(recipe, base))
+            patch = Patch(processes.agreed(solved), _provenance(recipe, base))
         else:
             run = _begin(recipe, base, out)
             run.on_stage = on_stage
-            checkpoint = Checkpoint(out / "checkpoint.safetensors") if out else None
-            if checkpoint and resume and checkpoint.path.exists():
-                _restore(run, checkpoint)
-            _loop(run, checkpoint, on_step, on_sample)
+            if run.checkpoints:
+                _restore(run, run.checkpoints)
+            with run.signals:
+                _loop(run, on_step, on_sample)
             losses = run.losses
             patch = Patch(base.adapter_state(), _provenance(recipe, base, passes=run.passes, losses=losses))
+    except torch.OutOfMemoryError as error:
+        raise TrainingError("out of memory: try gradient_checkpointing, a smaller batch_size, or dtype bf16") from error
     finally:
         base.remove_adapters()
     if out:
-        if len(losses):
-            write_file(out / "loss.csv", _csv(losses))
-        write_file(out / "run.yaml", _cost(started, base.device))
-        patch.save(out)  # the last, for it says that the run is done
-        Path(out / "checkpoint.safetensors").unlink(missing_ok=True)
+        processes.agreed(partial(_write, out, patch, losses, _cost(started, base.device)))
     return patch
+
+
+def _write(out: Path, patch: Patch, losses: Tensor, cost: bytes) -> None:
+    """Leave what a run has made."""
+    if len(losses):
+        write_file(out / "loss.csv", _csv(losses))
+    write_file(out / "run.yaml", cost)
+    patch.save(out)  # the last, for it says that the run is done
+    Checkpoints(out).remove()
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -134,38 +171,19 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"preserve": default_preserve(recipe.concepts)})
 
 
-def _prepare_folder(out: Path | None, recipe: Recipe, base: Base, *, resume: bool) -> Patch | None:
-    """The finished patch of the same recipe and base if `resume` finds one; otherwise `out` is free for this run."""
-    if out is None:
-        return None
-    holds = [n for n in (FILE_NAME, "checkpoint.safetensors") if (out / n).exists()]
-    written = out / "recipe.yaml"
-    if not holds and not (resume and written.exists()):  # a run may have broken off before its first checkpoint
-        if out.is_dir() and any(out.iterdir()):
-            begun = written.exists() and "it holds a run that broke off; go on with it by --resume, or "
-            raise OutputError(f"{out}: {begun or 'not empty, and holds no run; '}choose another --out")
-        return None
-    if not resume:
-        raise OutputError(f"{out}: holds another run; choose another --out, or go on with it by --resume")
-    if not written.exists() or written.read_text(encoding="utf-8") != recipe.to_yaml():
-        raise OutputError(f"{out}: holds a run of another recipe, which this one cannot resume; choose another --out")
-    if FILE_NAME not in holds:
-        return None
-    patch = load_patch(out)
-    told = patch.info.get("recipe"), patch.info.get("base", {}).get("fingerprint")
-    if told != (recipe.to_dict(), base.fingerprint):
-        raise OutputError(f"{out}: holds a patch of another recipe or base; choose another --out")
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)  # the run was killed between the patch and this
-    return patch
-
-
 def _check_environment(recipe: Recipe, base: Base, out: Path | None) -> None:
     """Nothing, if this machine and this base can do what the recipe asks for.
 
     Raises:
-        RecipeError: A package is missing, or the precision is not for this device or not the base's.
+        RecipeError: A package is missing, the precision is not for this device or not the base's, or a batch is too
+            small for so many processes.
     """
     base.check(recipe)
+    if recipe.batch_size < processes.count():
+        many = processes.count()
+        raise RecipeError(
+            f"batch_size: {recipe.batch_size} cannot be shared by {many} processes; it must be {many} or more"
+        )
     if recipe.log_with and (out is None or importlib.util.find_spec(recipe.log_with) is None):
         need = "an output folder" if out is None else f"its package: pip install esd_lora[{recipe.log_with}]"
         raise RecipeError(f"log_with: {recipe.log_with} needs {need}")
@@ -177,10 +195,10 @@ def _check_environment(recipe: Recipe, base: Base, out: Path | None) -> None:
 
 def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
     """A run at step 0: prompts encoded, optimizer ready, nothing recorded yet."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # else a second run with another dtype is refused
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.dtype, recipe.dtype),
         cpu=base.device.type == "cpu",
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # one step of the schedule for all processes
         log_with=recipe.log_with,
         project_dir=out,
     )
@@ -199,40 +217,49 @@ def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
     )
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     losses = torch.zeros(recipe.steps, device=base.device)
-    return Run(recipe, base, accelerator, conditions, erase, preserve, optimizer, schedule, losses)
+    checkpoints = Checkpoints(out) if out else None
+    return Run(
+        recipe, base, accelerator, conditions, erase, preserve, optimizer, schedule, losses, checkpoints=checkpoints
+    )
 
 
 def _loop(
     run: Run,
-    checkpoint: Checkpoint | None,
     on_step: Callable[[int, float | None], None] | None,
     on_sample: Callable[[int], None] | None,
 ) -> None:
     """All steps that are left, with looks at the losses, samples and checkpoints between them."""
     recipe = run.recipe
-    whole = True  # whether the state is that after a step, not of one half done
-    try:
-        while run.step < recipe.steps:
-            whole = False
-            _fill_banks(run)
-            _step(run)
-            run.step += 1
-            whole = True
-            save = run.step % recipe.checkpoint_every == 0
-            look = save or run.step % CHECK_EVERY == 0 or run.step == recipe.steps
-            loss = _look(run, checkpoint) if look else None
-            if save and checkpoint:
-                _save(run, checkpoint)
-            if on_step:
-                on_step(run.step, loss)
-            if on_sample and recipe.sample_every and run.step % recipe.sample_every == 0:
-                on_sample(run.step)
-                run.base.free_encoders()
-    except KeyboardInterrupt:
-        if checkpoint and run.step and whole and torch.isfinite(run.losses).all() and _adapters_finite(run):
-            _save(run, checkpoint)
-        raise
-    run.accelerator.end_training()
+    while run.step < recipe.steps:
+        _fill_banks(run)
+        _step(run)
+        run.step += 1
+        save = run.step % recipe.checkpoint_every == 0
+        look = save or run.step % CHECK_EVERY == 0 or run.step == recipe.steps
+        loss = _look(run) if look else None
+        if save:
+            _save(run)
+        if on_step:
+            on_step(run.step, loss)
+        if on_sample and recipe.sample_every and run.step % recipe.sample_every == 0:
+            on_sample(run.step)
+            run.base.free_encoders()
+        _stop_if_told(run)
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
+
+
+def _stop_if_told(run: Run) -> None:
+    """Nothing, if no signal came; otherwise the run's end, with a checkpoint of the last step. Not amid a step.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: A signal came, to this process or to another.
+    """
+    came = processes.largest(run.signals.came, run.base.device)
+    if came:
+        if run.step and torch.isfinite(run.losses).all() and _adapters_finite(run):
+            _save(run)
+        raise stop(came)
 
 
 def _fill_banks(run: Run) -> None:
@@ -240,20 +267,27 @@ def _fill_banks(run: Run) -> None:
     recipe = run.recipe
     edited = recipe.x_t == "edited"
 
+    def on_step(done: int, of: int) -> None:
+        _stop_if_told(run)  # what is recorded so far is recorded again
+        if run.on_stage:
+            run.on_stage("record", done, of)
+
     def recorded(questions: list[Question], first_seed: int, *, steps: int, edited: bool) -> Bank:
-        bank, passes = record(
+        mine = processes.share(range(len(questions)))
+        part, passes = record(
             run.base,
             run.conditions,
-            questions,
-            range(first_seed, first_seed + len(questions)),
+            [questions[i] for i in mine],
+            [first_seed + i for i in mine],
             steps=steps,
             guidance_scale=recipe.guidance_scale,
             resolution=recipe.resolution,
             edited=edited,
-            on_step=run.on_stage and partial(run.on_stage, "record"),
+            on_step=on_step,
         )
-        run.passes += passes
-        return bank
+        run.passes += processes.summed(passes, run.base.device)
+        together = partial(processes.gathered, shared=len(mine), of=len(questions))
+        return Bank(**{name: together(rows) for name, rows in part.tensors().items()})
 
     if "erase" not in run.banks or (edited and run.step % recipe.refresh_every == 0):
         age = run.step // recipe.refresh_every if edited else 0
@@ -268,8 +302,9 @@ def _step(run: Run) -> None:
     """One gradient step on a batch of erasing and, where asked for, as many preserving examples."""
     recipe, accelerator = run.recipe, run.accelerator
     x, t, target, s, weight = [], [], [], [], []
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
     for kind, (name, bank) in enumerate(run.banks.items()):
-        order = _rows(len(bank), run.step, recipe, kind)
+        order = _rows(len(bank), run.step, recipe, kind)[mine]
         if bank.x.device.type == "cuda":
             order = order.pin_memory()
         rows = order.to(bank.x.device, non_blocking=True)
@@ -278,17 +313,18 @@ def _step(run: Run) -> None:
         target.append(bank.target[rows])
         s.append(bank.s[rows])
         factor = recipe.preserve_weight if name == "preserve" else 1.0
-        weight.append(torch.full((len(rows),), factor / len(rows), device=bank.x.device))
+        weight.append(torch.full((len(rows),), factor / recipe.batch_size, device=bank.x.device))
     with accelerator.autocast():
         student = run.base.predict(torch.cat(x).to(run.base.dtype), torch.cat(t), run.conditions[torch.cat(s)])
     loss = esd_loss(student, torch.cat(target), weight=torch.cat(weight))
     accelerator.backward(loss)
+    loss = processes.sum_gradients(loss.detach(), run.base.adapter_parameters())
     accelerator.clip_grad_norm_(run.base.adapter_parameters(), recipe.max_grad_norm)
     run.optimizer.step()
     run.schedule.step()
     run.optimizer.zero_grad()
-    run.losses[run.step] = loss.detach()
-    run.passes += 3 * len(student)  # a backward pass costs about two forward passes
+    run.losses[run.step] = loss
+    run.passes += 3 * recipe.batch_size * len(run.banks)  # a backward pass costs about two forward passes
 
 
 def _rows(size: int, step: int, recipe: Recipe, kind: int) -> Tensor:
@@ -307,12 +343,13 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 2
 
 
-def _look(run: Run, checkpoint: Checkpoint | None) -> float:
+def _look(run: Run) -> float:
     """The newest loss, after checking that all of them are numbers."""
     losses = run.losses[: run.step].cpu()
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad) or not _adapters_finite(run):
-        kept = f"; the checkpoint of step {checkpoint.step} is kept" if checkpoint and checkpoint.path.exists() else ""
+        last = next(iter(run.checkpoints.paths), None) if run.checkpoints else None
+        kept = f"; the checkpoint of step {last} is kept" if last else ""
         raise TrainingError(
             (
                 f"the loss was {losses[bad[0, 0]].item()} at step {bad[0, 0].item() + 1}: "
@@ -332,11 +369,15 @@ def _adapters_finite(run: Run) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in run.base.adapter_parameters())
 
 
-def _save(run: Run, checkpoint: Checkpoint) -> None:
-    """Write everything that the rest of the run depends on."""
+def _save(run: Run) -> None:
+    """Write everything that the rest of the run depends on, where the run has a folder."""
+    if not run.checkpoints:
+        return
     banks = {f"{name}.{k}": v for name, bank in run.banks.items() for k, v in bank.tensors().items()}
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
-    checkpoint.save(
+    save = partial(
+        run.checkpoints.save,
+        run.step,
         {**run.base.adapter_state(), **banks, "losses": run.losses},
         optimizer=run.optimizer.state_dict(),
         state={
@@ -348,19 +389,23 @@ def _save(run: Run, checkpoint: Checkpoint) -> None:
             "fingerprint": run.base.fingerprint,
         },
     )
+    processes.agreed(save)
 
 
-def _restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Bring a run at step 0 to where a checkpoint left it.
+def _restore(run: Run, checkpoints: Checkpoints) -> None:
+    """Bring a run at step 0 to where its last whole checkpoint left it, if there is any.
 
     Raises:
-        OutputError: The checkpoint is broken, or of another recipe.
+        OutputError: The checkpoints are broken, or of another recipe or base.
     """
-    tensors, optimizer, state = checkpoint.load()
+    saved = processes.agreed(lambda: checkpoints.load() if checkpoints.paths else None)
+    if not saved:
+        return
+    tensors, optimizer, state = saved
     if state["recipe"] != run.recipe.to_dict():
-        raise OutputError(f"{checkpoint.path}: is of another recipe; choose another --out")
+        raise OutputError(f"{checkpoints.folder}: its checkpoint is of another recipe; choose another --out")
     if state["fingerprint"] != run.base.fingerprint:
-        raise OutputError(f"{checkpoint.path}: is of a base with other weights; choose another --out")
+        raise OutputError(f"{checkpoints.folder}: its checkpoint is of a base with other weights; choose another --out")
     prefix = f"{run.base.prefix}."
     run.base.load_adapter_state({k: v for k, v in tensors.items() if k.startswith(prefix)})
     run.optimizer.load_state_dict(optimizer)

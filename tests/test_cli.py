@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +17,11 @@ from typing import Any
 import pytest
 from conftest import RecipeOf
 from PIL import Image
+from test_processes import launch
 from tiny import save_tiny, tiny_pipeline
 
 import esd_lora
-from esd_lora import cli, training
+from esd_lora import bases, cli, training
 from esd_lora.errors import TrainingError
 from esd_lora.patch import FILE_NAME, Patch, load_patch
 from esd_lora.recipe import load_recipe
@@ -74,6 +77,17 @@ def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str]) -> None
     assert done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("json", [(), ("--json",)], ids=str)
+def test_show_imports_no_torch(patch_folder: Path, json: tuple[str, ...]) -> None:
+    code = (
+        f"import sys; sys.argv = ['esd-lora', 'show', {str(patch_folder)!r}, *{json}]\nfrom esd_lora.cli import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "sys.exit(3 if {'torch', 'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, "cat" in done.stdout) == (0, True), done.stderr
+
+
 def test_importing_the_package_is_free_and_its_names_are_there() -> None:
     assert esd_lora.__all__ == sorted(esd_lora.__all__)
     assert all(getattr(esd_lora, name).__name__ == name for name in esd_lora.__all__)
@@ -125,6 +139,88 @@ def test_train_takes_a_recipe_and_options_win(call: Call, tiny_folder: Path) -> 
     assert set(load_patch("runs/dog").ranks.values()) == {3}
     again = call("train", "cat.yaml", "--set", "rank=3", "--erase", "dog", "--replace-with", "a bird", "--resume", "-q")
     assert (again.code, again.err) == (0, "")
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The bases that are loaded from now on."""
+    honest, names = bases.load_base, []
+
+    def load(name: str, **how: Any) -> Any:
+        names.append(name)
+        return honest(name, **how)
+
+    monkeypatch.setattr(bases, "load_base", load)
+    return names
+
+
+def written(name: str, tiny_folder: Path, **values: object) -> str:
+    """A recipe file that trains in no time."""
+    short = {"base": str(tiny_folder), "steps": 2, "trajectories": 1, "trajectory_steps": 2, "preserve": ["dog"]}
+    Path(name).write_text(json.dumps({**short, **values}))  # JSON is YAML
+    return name
+
+
+def test_several_recipes_are_trained_with_one_base_as_each_alone(
+    call: Call, tiny_folder: Path, loads: list[str]
+) -> None:
+    names = [written(f"{c}.yaml", tiny_folder, concepts=c, rank=r) for c, r in (("cat", 2), ("dog", 3), ("bird", 1))]
+    result = call("train", *names, "--out", "all", "--set", "steps=3", "--json")
+    assert (result.code, result.err, loads) == (0, "", [str(tiny_folder)])
+    told = json.loads(result.out)
+    assert [(k, v["erases"], v["rank"]) for k, v in told.items()] == [
+        ("all/cat", ["cat"], [2]),
+        ("all/dog", ["dog"], [3]),
+        ("all/bird", ["bird"], [1]),
+    ]
+    call("train", "dog.yaml", "--out", "alone", "--set", "steps=3")
+    for name in (FILE_NAME, "loss.csv", "grid.png", "recipe.yaml"):
+        assert Path("all/dog", name).read_bytes() == Path("alone", name).read_bytes(), name
+    before = {p: p.stat().st_mtime_ns for p in Path("all").rglob("*.*")}
+    again = call("train", *names, "--out", "all", "--set", "steps=3", "--json", "--resume")
+    assert (again.code, json.loads(again.out)) == (0, told)
+    assert {p: p.stat().st_mtime_ns for p in Path("all").rglob("*.*")} == before  # done, and not done again
+
+
+def test_a_recipe_that_fails_does_not_lose_the_others(call: Call, tiny_folder: Path) -> None:
+    first = written("first.yaml", tiny_folder, concepts="cat", rank=33)  # only the base knows that it is too much
+    second = written("second.yaml", tiny_folder, concepts="dog", base="nowhere")
+    third = written("third.yaml", tiny_folder, concepts="bird")
+    result = call("train", first, second, third, "--json")
+    assert (result.code, list(json.loads(result.out))) == (2, ["runs/third"])
+    lines = result.err.splitlines()
+    assert lines[0].startswith("error: runs/first: rank: must be at most 32, ")
+    assert lines[1].startswith("error: runs/second: nowhere: neither `emoji`, nor a folder")
+    assert lines[2:] == ["error: 2 of 3 recipes failed: runs/first, runs/second"]
+    assert [p.name for p in Path("runs").iterdir()] == ["third"]
+
+
+def test_a_failure_among_mistakes_is_a_failure(call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [written(f"{c}.yaml", tiny_folder, concepts=c, rank=33) for c in ("cat", "dog")]
+    monkeypatch.setattr(training, "finished_run", lambda out, *_, **__: broken() if out.name == "dog" else None)
+
+    def broken() -> None:
+        raise TrainingError("the loss was nan")
+
+    assert call("train", *names).code == 1
+
+
+def test_several_recipes_are_all_read_before_anything_is_trained(
+    call: Call, tiny_folder: Path, loads: list[str]
+) -> None:
+    good = written("cat.yaml", tiny_folder, concepts="cat")
+    Path("below").mkdir()
+    twin = written("below/cat.yaml", tiny_folder, concepts="dog")
+    bad = written("bad.yaml", tiny_folder, concepts="dog", rnak=3)
+    result = call("train", good, bad, twin, "nothing")
+    assert (result.code, result.out, loads) == (2, "", [])
+    assert result.err.splitlines() == [
+        "error: bad.yaml: rnak: unknown key; did you mean rank?",
+        "below/cat.yaml: another recipe has runs/cat already; train it by itself, with --out",
+        "nothing: no such file and no shipped recipe; `esd-lora recipes` lists them",
+    ]
+    one_error(call("train", good, bad, "--erase", "dog"), "--erase would be the concept of all these recipes; ")
+    assert not Path("runs").exists()
 
 
 def test_generate_makes_the_same_noise_with_and_without_a_patch(
@@ -332,7 +428,7 @@ def one_error(result: Result, message: str) -> None:
         (["--base", "{worlds}/sana"], "{worlds}/sana: SanaPipeline is not supported; supported: Stable"),
         (["--base", "{worlds}/broken"], "{worlds}/broken: cannot load the pipeline: "),
         (["--base", "{worlds}/no-attention"], "{worlds}/no-attention: layers esd-x match nothing in the denoiser"),
-        (["--out", "{worlds}/file/out"], "{worlds}/file/out/recipe.yaml: cannot write: Not a directory"),
+        (["--out", "{worlds}/file/out"], "{worlds}/file/out: cannot write: Not a directory"),
         (["--out", "{worlds}/photos/../sana"], "{worlds}/photos/../sana: not empty, and holds no run"),
     ],
 )
@@ -453,11 +549,44 @@ def test_a_run_that_breaks_is_a_failure_and_not_a_mistake(
     assert (result.code, result.out, result.err) == (1, "", "error: the loss was nan\n")
 
 
-def test_an_interrupted_run_says_how_to_go_on(call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("place", ["_step", "load_base"])
+def test_an_interrupted_run_says_how_to_go_on(
+    call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, by: int, code: int, place: str
+) -> None:
+    module: Any = training if place == "_step" else bases
+    honest = getattr(module, place)
 
-    monkeypatch.setattr(training, "train", interrupted)
-    result = call("train", "--base", tiny_folder, "--erase", "cat")
-    assert (result.code, result.out) == (130, "")
-    assert result.err == "interrupted; --resume goes on from the last checkpoint\n"
+    def struck(*given: Any, **how: Any) -> Any:
+        signal.raise_signal(by)
+        return honest(*given, **how)
+
+    command = ["train", "--base", str(tiny_folder), "--erase", "a cat", *SHORT]
+    with monkeypatch.context() as once:
+        once.setattr(module, place, struck)
+        result = call(*command, "--out", "run")
+    again = shlex.join(["esd-lora", *command, "--out", "run", "--resume"])
+    assert (result.code, result.out, result.err) == (code, "", f"interrupted; go on with: {again}\n")
+    left = [p.name for p in Path("run").iterdir()] if Path("run").exists() else []
+    assert sorted(left) == ([] if place == "load_base" else ["checkpoint-00001.safetensors", "recipe.yaml"])
+    assert call(*shlex.split(again)[1:]).code == 0
+    call(*command, "--out", "whole")
+    assert Path("run", FILE_NAME).read_bytes() == Path("whole", FILE_NAME).read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_of_several_processes_the_first_alone_speaks_and_draws(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        result = call("train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--out", "run", "--json")
+        assert (result.code, result.err) == (0, "")
+        assert result.out if rank == 0 else not result.out
+
+    def refused(rank: int) -> None:
+        result = call("train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--out", "run")
+        assert (result.code, result.err.count("\n")) == (2, 1 if rank == 0 else 0)
+
+    assert launch(work) == [0, 0]
+    assert launch(refused) == [0, 0]
+    assert {p.name for p in Path("run").iterdir()} == {
+        *(FILE_NAME, "recipe.yaml", "loss.csv", "run.yaml", "loss.png", "grid.png"),
+    }

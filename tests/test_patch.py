@@ -24,7 +24,7 @@ from torch import Tensor
 from esd_lora.bases import Base
 from esd_lora.compose import attach
 from esd_lora.errors import OutputError, PatchError
-from esd_lora.patch import FILE_NAME, Patch, check_empty, encode, load_patch, write_file
+from esd_lora.patch import FILE_NAME, Patch, check_empty, encode, load_patch, read_outline, write_file
 
 A, B = "unet.block.to_k.lora_A.weight", "unet.block.to_k.lora_B.weight"
 
@@ -44,6 +44,16 @@ def test_a_patch_reads_as_it_was_written(patch: Patch, tmp_path: Path) -> None:
     assert patch.save(tmp_path / "b.safetensors") == tmp_path / "b.safetensors"
     assert (tmp_path / "b.safetensors").read_bytes() == file.read_bytes()
     assert again.save(tmp_path / "c").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_outline_tells_what_the_patch_would(patch: Patch, tmp_path: Path, dtype: torch.dtype) -> None:
+    made = Patch({k: v.to(dtype) for k, v in patch.tensors.items()}, patch.info)
+    outline = read_outline(made.save(tmp_path))
+    assert outline == Patch(dict(sorted(made.tensors.items())), load_patch(patch.save(tmp_path / "b")).info).outline
+    assert outline.ranks == patch.ranks
+    assert (outline.parameters, outline.nbytes) == (16 * 2 * (32 + 32), 16 * 2 * (32 + 32) * dtype.itemsize)
+    assert outline.concepts == patch.concepts != []
 
 
 def test_a_patch_knows_the_shapes_of_its_layers() -> None:
@@ -245,6 +255,12 @@ def test_a_broken_patch_is_refused_in_one_line(breaks: Callable[[Path], None], m
             load_patch(place)
         assert str(caught.value).startswith(f"{file}: {message}")
         assert "\n" not in str(caught.value)
+        if "not finite" in message or ADAPTER in message:
+            read_outline(place)  # what the numbers are is not its business
+        else:
+            with pytest.raises(PatchError) as again:
+                read_outline(place)
+            assert str(again.value) == str(caught.value)
 
 
 def test_a_sound_patch_of_another_program_is_accepted(tmp_path: Path) -> None:

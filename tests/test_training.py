@@ -6,7 +6,9 @@ import errno
 import importlib.util
 import os
 import re
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from esd_lora import training
 from esd_lora.bases import Base, load_base
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
-from esd_lora.checkpoint import Checkpoint
+from esd_lora.checkpoint import Checkpoints
 from esd_lora.compose import attach
 from esd_lora.errors import BaseModelError, OutputError, RecipeError, TrainingError
 from esd_lora.patch import FILE_NAME, Patch, load_patch
@@ -28,7 +30,6 @@ from esd_lora.recipe import Recipe, load_recipe
 from esd_lora.training import train
 from esd_lora.trajectories import Question, questions_of, record
 
-CHECKPOINT = "checkpoint.safetensors"
 FINISHED = ["loss.csv", FILE_NAME, "recipe.yaml", "run.yaml"]
 
 
@@ -36,12 +37,26 @@ def names_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def stop_at(step: int) -> Callable[[int, float | None], None]:
-    """Ctrl-C after this step."""
+def checkpoint(step: int) -> str:
+    return f"checkpoint-{step:05d}.safetensors"
+
+
+def stop_at(step: int, by: int = signal.SIGINT) -> Callable[[int, float | None], None]:
+    """Ctrl-C, or another signal, at this step."""
 
     def on_step(done: int, loss: float | None) -> None:
         if done == step:
-            raise KeyboardInterrupt
+            signal.raise_signal(by)
+
+    return on_step
+
+
+def break_at(step: int) -> Callable[[int, float | None], None]:
+    """An error of the caller's own at this step."""
+
+    def on_step(done: int, loss: float | None) -> None:
+        if done == step:
+            raise ZeroDivisionError
 
     return on_step
 
@@ -262,8 +277,7 @@ def test_a_resumed_run_gives_the_patch_of_an_uninterrupted_one_bit_for_bit(
     whole = train(recipe, base, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(recipe, base, out=tmp_path / "parts", on_step=stop_at(step))
-    assert names_in(tmp_path / "parts") == [CHECKPOINT, "recipe.yaml"]
-    assert Checkpoint(tmp_path / "parts" / CHECKPOINT).step == step
+    assert names_in(tmp_path / "parts") == [checkpoint(step), "recipe.yaml"]
     assert not base.adapter_parameters()  # taken off
     steps: list[int] = []
     torch.manual_seed(99)
@@ -281,17 +295,51 @@ def test_a_resumed_run_gives_the_patch_of_an_uninterrupted_one_bit_for_bit(
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
+def test_a_run_told_to_stop_amid_recording_stops_there_and_goes_on_bit_for_bit(
     base: Base, recipe_of: RecipeOf, tmp_path: Path
 ) -> None:
-    def killed(done: int, _: float | None) -> None:
-        if done == 5:
-            raise SystemExit
+    recipe = recipe_of(x_t="edited", refresh_every=3, preserve_weight=0, lr=0.02)
+    told: list[int] = []
 
-    recipe = recipe_of(checkpoint_every=2)
-    with pytest.raises(SystemExit):
-        train(recipe, base, out=tmp_path / "run", on_step=killed)
-    assert Checkpoint(tmp_path / "run" / CHECKPOINT).step == 4
+    def on_stage(name: str, done: int, of: int) -> None:
+        told.append(done)
+        if len(told) == 4:  # the first denoising step of the second recording
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as caught:
+        train(recipe, base, out=tmp_path / "run", on_stage=on_stage)
+    assert (caught.value.code, told) == (143, [1, 2, 3, 1])
+    assert names_in(tmp_path / "run") == [checkpoint(3), "recipe.yaml"]
+    resumed = train(recipe, base, out=tmp_path / "run", resume=True)
+    whole = train(recipe, base)
+    assert same(resumed.tensors, whole.tensors)
+    assert resumed.info == whole.info  # nothing is counted twice
+
+
+def test_a_second_signal_is_not_waited_with(base: Base, recipe_of: RecipeOf, tmp_path: Path) -> None:
+    def on_step(step: int, _: float | None) -> None:
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(recipe_of(), base, out=tmp_path / "run", on_step=on_step)
+    assert names_in(tmp_path / "run") == ["recipe.yaml"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_told_to_stop_in_another_thread_is_left_to_its_caller(base: Base, recipe_of: RecipeOf) -> None:
+    with ThreadPoolExecutor(1) as pool:  # where Python lets nobody handle signals
+        assert pool.submit(train, recipe_of(), base).result().tensors
+
+
+def test_a_run_that_broke_goes_on_from_its_last_checkpoint(base: Base, recipe_of: RecipeOf, tmp_path: Path) -> None:
+    recipe = recipe_of(checkpoint_every=1)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe, base, out=tmp_path / "run", on_step=break_at(5))
+    assert names_in(tmp_path / "run") == [checkpoint(4), checkpoint(5), "recipe.yaml"]  # the last two are kept
     assert same(train(recipe, base, out=tmp_path / "run", resume=True).tensors, train(recipe, base).tensors)
 
 
@@ -299,8 +347,8 @@ def test_a_run_that_broke_off_before_its_first_checkpoint_starts_again(
     base: Base, recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = training.record
-    monkeypatch.setattr(training, "record", lambda *_, **__: stop_at(0)(0, None))
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(training, "record", lambda *_, **__: break_at(0)(0, None))
+    with pytest.raises(ZeroDivisionError):
         train(recipe_of(), base, out=tmp_path / "run")
     monkeypatch.setattr(training, "record", honest)
     assert names_in(tmp_path / "run") == ["recipe.yaml"]
@@ -332,7 +380,7 @@ def test_a_run_killed_after_its_patch_leaves_no_checkpoint_for_ever(
     base: Base, recipe_of: RecipeOf, tmp_path: Path
 ) -> None:
     train(recipe_of(), base, out=tmp_path / "run")
-    (tmp_path / "run" / CHECKPOINT).write_bytes(b"left by a kill")
+    (tmp_path / "run" / checkpoint(6)).write_bytes(b"left by a kill")
     train(recipe_of(), base, out=tmp_path / "run", resume=True)
     assert names_in(tmp_path / "run") == FINISHED
 
@@ -383,21 +431,6 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(
     assert names_in(tmp_path / "photos") == ["cat.png"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_a_broken_checkpoint_is_named(base: Base, recipe_of: RecipeOf, tmp_path: Path, content: bytes | None) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe_of(), base, out=tmp_path / "run", on_step=stop_at(2))
-    path = tmp_path / "run" / CHECKPOINT
-    path.write_bytes(path.read_bytes()[:-10] if content is None else content)
-    with pytest.raises(OutputError) as caught:
-        train(recipe_of(), base, out=tmp_path / "run", resume=True)
-    assert re.fullmatch(
-        rf"{re.escape(str(path))}: a broken checkpoint \(.*\); remove it to start again", str(caught.value)
-    )
-    path.unlink()  # as it says
-    assert same(train(recipe_of(), base, out=tmp_path / "run", resume=True).tensors, train(recipe_of(), base).tensors)
-
-
 # ---- failures ------------------------------------------------------------------------------------------------------
 
 
@@ -417,8 +450,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_checkpoin
         "the loss was nan at step 5: in another --out try a lower lr (now 0.001), warmup_steps, or dtype fp32 or bf16"
         "; the checkpoint of step 4 is kept"
     )
-    assert names_in(tmp_path / "run") == [CHECKPOINT, "recipe.yaml"]
-    tensors, _, state = Checkpoint(tmp_path / "run" / CHECKPOINT).load()
+    assert names_in(tmp_path / "run") == [checkpoint(2), checkpoint(4), "recipe.yaml"]
+    tensors, _, state = Checkpoints(tmp_path / "run").load()
     assert state["step"] == 4
     assert all(torch.isfinite(t).all() for t in tensors.values())
     assert not base.adapter_parameters()
@@ -430,6 +463,23 @@ def test_a_learning_rate_that_is_far_too_high_ends_the_run_at_its_step(base: Bas
     ) as caught:
         train(recipe_of(lr=1e30, lr_schedule="constant"), base)
     assert "kept" not in str(caught.value)
+
+
+def test_running_out_of_memory_is_one_line_and_keeps_the_last_checkpoint(
+    base: Base, recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = training._step
+
+    def step(run: training.Run) -> None:
+        if run.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …\nmany lines")
+        honest(run)
+
+    monkeypatch.setattr(training, "_step", step)
+    with pytest.raises(TrainingError, match=r"^out of memory: try gradient_checkpointing, a smaller batch_size, or"):
+        train(recipe_of(checkpoint_every=2), base, out=tmp_path / "run")
+    assert names_in(tmp_path / "run") == [checkpoint(2), "recipe.yaml"]
+    assert not base.adapter_parameters()
 
 
 def test_an_interrupt_does_not_save_what_is_no_number(base: Base, recipe_of: RecipeOf, tmp_path: Path) -> None:
@@ -454,10 +504,9 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OutputError) as caught:
         train(recipe, base, out=tmp_path / "run")
-    assert str(caught.value) == f"{tmp_path}/run/{CHECKPOINT}: cannot write: No space left on device"
+    assert str(caught.value) == f"{tmp_path}/run/{checkpoint(4)}: cannot write: No space left on device"
     monkeypatch.undo()  # room again
-    assert names_in(tmp_path / "run") == [CHECKPOINT, "recipe.yaml"]
-    assert Checkpoint(tmp_path / "run" / CHECKPOINT).step == 2
+    assert names_in(tmp_path / "run") == [checkpoint(2), "recipe.yaml"]
     assert same(train(recipe, base, out=tmp_path / "run", resume=True).tensors, train(recipe, base).tensors)
 
 
@@ -477,7 +526,7 @@ def test_a_disk_that_is_full_from_the_start_is_named_before_training(
 def test_a_folder_that_cannot_be_made_is_named_before_training(base: Base, recipe_of: RecipeOf, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OutputError, match=r"recipe\.yaml: cannot write: (Not a directory|File exists)$"):
+        with pytest.raises(OutputError, match=rf"^{re.escape(str(out))}: cannot write: (Not a directory|File exists)$"):
             train(recipe_of(), base, out=out, on_step=lambda *_: pytest.fail("it trained"))
     assert (tmp_path / "file").read_bytes() == b""
 
