@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ Call = Callable[..., Result]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs `esd-lora` with these arguments, in this process."""
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """Runs `esd-lora` with these arguments, in this process, which handles SIGTERM afterwards as it did before."""
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["esd-lora", *map(str, arguments)])
@@ -51,7 +51,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         code = caught.value.code
         return Result(code if isinstance(code, int) else 0 if code is None else 1, captured.out, captured.err)
 
-    return run
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 SHORT = [
