@@ -101,7 +101,9 @@ def base_of(pipe: DiffusionPipeline) -> Base:
         BaseModelError: It is of no known family.
     """
     kind = type(pipe).__name__
-    return family_of(pipe.name_or_path or kind, {"_class_name": kind})(pipe, name=pipe.name_or_path or kind)
+    if kind not in FAMILIES:
+        raise BaseModelError(f"{kind} is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[kind](pipe, name=pipe.name_or_path or kind)
 
 
 def pick_device(name: str | None) -> torch.device:
