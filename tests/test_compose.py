@@ -71,7 +71,9 @@ def test_a_pipeline_of_another_family_is_refused(patch: Patch) -> None:
     class StrangePipeline(DiffusionPipeline):
         """Of no family that is known here."""
 
-    with pytest.raises(BaseModelError, match=r"^StrangePipeline is not supported; supported: StableDiffusionPipeline, "):
+    with pytest.raises(
+        BaseModelError, match=r"^StrangePipeline is not supported; supported: StableDiffusionPipeline, "
+    ):
         attach(StrangePipeline(), [patch])
 
 
