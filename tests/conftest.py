@@ -8,7 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
 
-from collections.abc import Callable, Mapping
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from tiny import save_tiny
 from torch import Tensor
 
+from esd_lora import cli
 from esd_lora.bases import Base, load_base
 from esd_lora.patch import Patch
 from esd_lora.recipe import Recipe, make_recipe
@@ -102,3 +106,32 @@ def wake(base: Base, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in base.adapter_parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
+
+
+@dataclass
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """Runs `esd-lora` with these arguments, in this process, which handles SIGTERM afterwards as it did before."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["esd-lora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        code = caught.value.code
+        return Result(code if isinstance(code, int) else 0 if code is None else 1, captured.out, captured.err)
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)

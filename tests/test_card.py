@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RecipeOf, same
+from conftest import Call, RecipeOf, same
 from fakehub import FakeHub
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import Call, call  # noqa: F401 (a fixture)
 from test_hub import hub  # noqa: F401 (a fixture)
 
 from esd_lora.bases import Base, load_base
@@ -195,7 +194,7 @@ def test_the_code_on_an_emoji_card_runs_in_the_folder_of_the_patch(recipe_of: Re
 # ---- on the command line ---------------------------------------------------------------------------------------------
 
 
-def test_card_writes_it_into_the_folder(call: Call, patch: Patch, tiny_folder: Path) -> None:  # noqa: F811
+def test_card_writes_it_into_the_folder(call: Call, patch: Patch, tiny_folder: Path) -> None:
     patch.save(Path("cat"))
     done = call("card", "cat", "--base", tiny_folder, "--json")
     assert (done.code, json.loads(done.out)) == (0, {"card": "cat/README.md", "pictures": 4})
@@ -218,7 +217,7 @@ def test_a_dry_run_shows_everything_and_asks_nothing(hub: FakeHub, call: Call, p
 
 def test_push_pull_and_use_on_the_command_line(
     hub: FakeHub,  # noqa: F811
-    call: Call,  # noqa: F811
+    call: Call,
     patch: Patch,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

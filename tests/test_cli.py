@@ -9,13 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RecipeOf
+from conftest import Call, RecipeOf, Result
 from PIL import Image
 from test_processes import launch
 from tiny import save_tiny, tiny_pipeline
@@ -25,36 +24,6 @@ from esd_lora import bases, cli, training
 from esd_lora.errors import TrainingError
 from esd_lora.patch import FILE_NAME, Patch, load_patch
 from esd_lora.recipe import load_recipe
-
-
-@dataclass
-class Result:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Result]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    """Runs `esd-lora` with these arguments, in this process, which handles SIGTERM afterwards as it did before."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["esd-lora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        code = caught.value.code
-        return Result(code if isinstance(code, int) else 0 if code is None else 1, captured.out, captured.err)
-
-    before = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, before)
-
 
 SHORT = [
     *("--set", "steps=3", "--set", "trajectories=1", "--set", "trajectory_steps=2", "--set", "preserve=[dog]"),

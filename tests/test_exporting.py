@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import same
+from conftest import Call, same
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_cli import Call, call  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from esd_lora.bases.facts import facts_of
@@ -385,7 +384,7 @@ def test_what_has_no_name_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_patch_goes_out_and_comes_back_on_the_command_line(
-    call: Call,  # noqa: F811
+    call: Call,
     tmp_path: Path,
 ) -> None:
     patch_for(SD15, "esd-x-strict").save(tmp_path / "cat")

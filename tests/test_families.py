@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import same, wake, weights_of
+from conftest import Call, same, wake, weights_of
 from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -161,6 +161,25 @@ def test_a_patch_of_one_family_is_refused_by_another(
     base = load_base(str(folders["sd"]), device="cpu")
     with pytest.raises(PatchError, match=r"^the patch \(made for .*\) (adapts|has) (unet|transformer)\."):
         attach(base, [load_patch(runs[family])])
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_the_commands_serve_every_family(family: str, folders: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    short = ["steps=2", "trajectories=1", "trajectory_steps=2", "preserve=[dog]", f"resolution={SIDE}"]
+    given = ["--base", folders[family], "--erase", "cat", *(part for s in short for part in ("--set", s))]
+    planned = call("plan", *given, "--json")
+    trained = call("train", *given, "--out", "run", "--quiet", "--json")
+    shown = call("show", "run", "--json")
+    drawn = call(
+        *("generate", "--base", folders[family], "--patch", "run", "--prompt", "a cat", "--out", "pictures"),
+        *("--resolution", SIDE, "--steps", 2, "--quiet", "--json"),
+    )
+    merged = call("merge", "run", "--base", folders[family], "--out", "merged", "--json")
+    for result in (planned, trained, shown, drawn, merged):
+        assert result.code == 0, result.err
+    assert json.loads(planned.out)["passes"]["total"] == json.loads(shown.out)["cost"]["forward_passes"]
+    assert list((tmp_path / "pictures").rglob("*.png"))
+    assert stock(tmp_path / "merged")
 
 
 def test_a_patch_of_another_base_of_the_same_architecture_works_with_a_warning_that_names_both(

@@ -12,7 +12,6 @@ import pytest
 from conftest import same
 from fakehub import FakeHub
 from huggingface_hub import HfApi, constants
-from test_cli import Call, call  # noqa: F401 (a fixture)
 
 from esd_lora.errors import HubError, RepositoryError
 from esd_lora.hub import download, files_of, find_patch, pull, push

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Call
 from fakehub import FakeHub
-from test_cli import Call, call  # noqa: F401 (a fixture)
 from test_hub import hub  # noqa: F401 (a fixture)
 
 from esd_lora import verifying
@@ -86,7 +86,7 @@ def test_a_true_patch_passes_and_its_claims_are_measured_again(
 
 
 @pytest.mark.usefixtures("known")
-def test_a_claim_that_does_not_hold_fails(measured: Patch, tmp_path: Path, call: Call) -> None:  # noqa: F811
+def test_a_claim_that_does_not_hold_fails(measured: Patch, tmp_path: Path, call: Call) -> None:
     shown = call("verify", shared(measured, tmp_path / "true"))
     assert (shown.code, shown.err) == (0, "")
     assert "UA: target gone" in shown.out
