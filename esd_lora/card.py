@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from pydantic import TypeAdapter, ValidationError
 
 from esd_lora.bases.base import Base
@@ -208,7 +208,7 @@ def _data(
     if licence == "other":
         more |= {"license_name": "as-the-base"}
     if licence == "other" and is_hub_id(patch):
-        more |= {"license_link": f"https://huggingface.co/{base}"}
+        more |= {"license_link": f"{constants.ENDPOINT}/{base}"}
     if pairs:
         sides = [(p, text, url) for p in pairs for text, url in (("without the patch: ", p.before), ("", p.after))]
         more |= {"widget": [{"text": f"{text}{p.prompt}", "output": {"url": url}} for p, text, url in sides]}

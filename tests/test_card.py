@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Call, RecipeOf, same
 from fakehub import FakeHub
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 from test_hub import hub  # noqa: F401 (a fixture)
@@ -102,9 +102,8 @@ def test_licence_and_base_follow_what_is_known(
         named,
         "as-the-base" if licence == "other" else None,
     )
-    assert data.get("license_link") == (
-        "https://huggingface.co/someone/finetune" if named == "someone/finetune" else None
-    )
+    link = f"{constants.ENDPOINT}/someone/finetune" if named == "someone/finetune" else None
+    assert data.get("license_link") == link
     assert "secret-place" not in card
     assert LICENCES["emoji"] in Path(__file__).parent.parent.joinpath("esd_lora/emoji/base/README.md").read_text()
 
