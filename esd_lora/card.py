@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from esd_lora.bases.base import Base
 from esd_lora.compose import attach
 from esd_lora.errors import PatchError, RecipeError
-from esd_lora.evaluate import AttributeScores, Rate, Scores
+from esd_lora.evaluate.rates import Rate
+from esd_lora.evaluate.scores import AttributeScores, Scores
 from esd_lora.patch import FILE_NAME, Patch, write_file
 from esd_lora.pictures import generate, save_picture
 from esd_lora.recipe import make_recipe

@@ -18,7 +18,7 @@ from esd_lora.compose import attach, check_fits
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.emoji.vocabulary import ACCESSORY, NEIGHBOURS, OBJECTS, STYLES, WEARERS
 from esd_lora.errors import RecipeError
-from esd_lora.evaluate import (
+from esd_lora.evaluate.scores import (
     AttributeScores,
     Cell,
     Scores,

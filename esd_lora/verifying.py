@@ -16,7 +16,8 @@ from esd_lora.card import rates_of, results_of, scores_of, target_of
 from esd_lora.compose import check_fits
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.errors import BaseModelError, PatchError, RepositoryError
-from esd_lora.evaluate import AttributeScores, Rate, Scores, draw, score, score_attribute
+from esd_lora.evaluate.rates import Rate
+from esd_lora.evaluate.scores import AttributeScores, Scores, draw, score, score_attribute
 from esd_lora.exporting import layers_of
 from esd_lora.hub import REFERENCE, download
 from esd_lora.patch import FILE_NAME, Patch, load_patch

@@ -25,7 +25,8 @@ from esd_lora.bases import Base, Condition, load_base
 from esd_lora.compose import attach
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
-from esd_lora.evaluate import FIRST_SEED, Rate, rate
+from esd_lora.evaluate.rates import Rate, rate
+from esd_lora.evaluate.scores import FIRST_SEED
 from esd_lora.patch import Patch, write_file
 from esd_lora.pictures import Pictures, generate
 

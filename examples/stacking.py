@@ -31,7 +31,8 @@ from esd_lora.closed_form import edit_moments, patch_tensors
 from esd_lora.compose import stack
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES
-from esd_lora.evaluate import FIRST_SEED, Cell, Rate, draw, rate
+from esd_lora.evaluate.rates import Rate, rate
+from esd_lora.evaluate.scores import FIRST_SEED, Cell, draw
 from esd_lora.fusing import fuse
 from esd_lora.keys import mean_moment, named_words, prompts_of, words_of
 from esd_lora.merging import merged_denoiser

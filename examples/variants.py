@@ -18,7 +18,8 @@ from rich.progress import Progress
 
 from esd_lora.bases import load_base
 from esd_lora.emoji.evaluators import Judgement, load_evaluator
-from esd_lora.evaluate import Cell, Rate, answer_set, draw, score
+from esd_lora.evaluate.rates import Rate
+from esd_lora.evaluate.scores import Cell, answer_set, draw, score
 from esd_lora.patch import Patch, write_file
 from esd_lora.recipe import Recipe
 from esd_lora.training import train

@@ -23,7 +23,8 @@ from esd_lora.bases import Base, load_base
 from esd_lora.card import LICENCES, Pair, draw_pairs, make_card, pairs_of
 from esd_lora.compose import stack
 from esd_lora.errors import PatchError
-from esd_lora.evaluate import AttributeScores, Scores, rate
+from esd_lora.evaluate.rates import rate
+from esd_lora.evaluate.scores import AttributeScores, Scores
 from esd_lora.hub import files_of, push
 from esd_lora.patch import FILE_NAME, Patch, load_patch
 from esd_lora.training import train

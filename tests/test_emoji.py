@@ -16,7 +16,8 @@ from esd_lora.cli import RECIPES
 from esd_lora.compose import attach
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES, WEARERS, prompt
-from esd_lora.evaluate import GATE, Cell, answer_set, draw, gate, rate, score, whole_grid
+from esd_lora.evaluate.rates import rate
+from esd_lora.evaluate.scores import GATE, Cell, answer_set, draw, gate, score, whole_grid
 from esd_lora.patch import Patch
 from esd_lora.pictures import generate
 from esd_lora.recipe import load_recipe

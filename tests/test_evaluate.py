@@ -11,7 +11,8 @@ import torch
 from esd_lora.emoji.evaluators import Judgement
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, WEARERS
 from esd_lora.errors import RecipeError
-from esd_lora.evaluate import accessory_set, answer_set, rate, score, score_attribute, whole_grid
+from esd_lora.evaluate.rates import rate
+from esd_lora.evaluate.scores import accessory_set, answer_set, score, score_attribute, whole_grid
 from esd_lora.patch import Patch
 from esd_lora.report import jobs_of, targets_of
 

@@ -18,7 +18,8 @@ from conftest import RecipeOf, same, weights_of
 
 from esd_lora.bases import Base
 from esd_lora.compose import attach, stack
-from esd_lora.evaluate import AttributeScores, Scores, rate
+from esd_lora.evaluate.rates import rate
+from esd_lora.evaluate.scores import AttributeScores, Scores
 from esd_lora.patch import Patch
 from esd_lora.training import train
 

@@ -16,7 +16,8 @@ from test_hub import hub  # noqa: F401 (a fixture)
 from esd_lora import verifying
 from esd_lora.bases import Base, load_base
 from esd_lora.card import make_card, scores_of
-from esd_lora.evaluate import AttributeScores, Scores, draw, rate, score
+from esd_lora.evaluate.rates import rate
+from esd_lora.evaluate.scores import AttributeScores, Scores, draw, score
 from esd_lora.hub import files_of, push
 from esd_lora.patch import FILE_NAME, Patch
 from esd_lora.report import Job, jobs_of

@@ -21,7 +21,7 @@ from PIL import Image
 from esd_lora.bases import EMOJI, load_base
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.emoji.vocabulary import ACCESSORY, OBJECTS, STYLES, WEARERS
-from esd_lora.evaluate import GATE, draw, gate, whole_grid
+from esd_lora.evaluate.scores import GATE, draw, gate, whole_grid
 from esd_lora.pictures import grid, save_picture
 
 SETS = {

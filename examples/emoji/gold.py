@@ -17,7 +17,7 @@ from rich.console import Console
 
 from esd_lora.bases import load_base
 from esd_lora.emoji.evaluators import load_evaluator
-from esd_lora.evaluate import answer_set, draw, gate, score
+from esd_lora.evaluate.scores import answer_set, draw, gate, score
 from esd_lora.report import score_table
 
 KEPT = Path(__file__).with_suffix(".json")

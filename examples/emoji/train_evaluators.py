@@ -51,7 +51,7 @@ from esd_lora.emoji.evaluators import (
     load_evaluator,
 )
 from esd_lora.emoji.vocabulary import WEARERS
-from esd_lora.evaluate import rate
+from esd_lora.evaluate.rates import rate
 
 NOTHING, NO_STYLE = OBJECT_CLASSES.index(OTHER), STYLE_CLASSES.index(OTHER)
 IGNORE = -100  # torch's own mark of an answer that is not asked for

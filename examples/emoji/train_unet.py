@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from esd_lora.bases import load_base
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
-from esd_lora.evaluate import gate
+from esd_lora.evaluate.scores import gate
 
 READ = 0.1  # weight of the reader's loss
 

@@ -1,0 +1,1 @@
+"""What a patch does, measured: rates and scores, baselines, attacks."""
