@@ -160,7 +160,7 @@ def _train(recipe: Recipe, base: Base, folder: Path, *, resume: bool, quiet: boo
     """The facts of a patch, trained into a folder with a curve and a grid; what is there already is not drawn again."""
     from esd_lora import processes
     from esd_lora.report import draw_loss, draw_run
-    from esd_lora.training import train
+    from esd_lora.training import read_cost, train
 
     with _progress(f"train {folder.name}", recipe.steps, quiet=quiet) as step:
 
@@ -177,7 +177,7 @@ def _train(recipe: Recipe, base: Base, folder: Path, *, resume: bool, quiet: boo
         draw_run(base, recipe, folder / "grid.png", patch=patch)
     if not quiet and stderr.is_terminal:
         stderr.print(f"next: {next_command(recipe, folder)}", style="dim", markup=False, soft_wrap=True)
-    return _facts(patch)
+    return {**_facts(patch), **read_cost(folder)}
 
 
 def next_command(recipe: Recipe, folder: Path) -> str:
@@ -291,7 +291,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
 @app.command("eval")
 def evaluate(
     base: Annotated[str, typer.Option(help="emoji: the evaluators know its objects and styles.")],
-    patch: Annotated[list[str], typer.Option("--patch", help="A patch's folder; repeat for several.")],
+    patch: Annotated[
+        list[str], typer.Option("--patch", help="A patch's folder, file or Hub id; repeat for several.")
+    ],
     target_seeds: Annotated[
         int | None, typer.Option(min=1, help="Pictures of each cell of the erased concept. Default: 200 in all.")
     ] = None,
@@ -301,15 +303,15 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure patches on the embedded base: erased, kept, worst neighbours; writes scores and a grid into each folder."""
-    from esd_lora.patch import load_patch
+    """Measure patches on the embedded base: erased, kept, worst neighbours.
+
+    Scores and a grid are written into the folder of a patch that is one; of a file or a Hub id they are printed alone.
+    """
     from esd_lora.report import measure_patches, score_table
 
     if base != "emoji":
         raise RecipeError(f"--base {base}: only emoji comes with evaluators so far")
-    if files := [p for p in patch if not Path(p).is_dir()]:
-        raise PatchError(f"--patch {files[0]}: eval writes its scores into the patch's folder, and this is none")
-    loaded = {p: load_patch(p) for p in patch}
+    loaded = {p: _find(p) for p in patch}
     model = _base(base, device=device, dtype=dtype)
     with _progress("evaluate", None, quiet=quiet) as step:
         scores = measure_patches(

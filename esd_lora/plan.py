@@ -125,7 +125,7 @@ def make_plan(recipe: Recipe) -> Plan:
         first_modules=tuple(modules[:3]),
         adapter_parameters=adapters,
         patch_bytes=4 * adapters,
-        passes=count_passes(recipe, denoising_steps=denoising_steps),
+        passes=count_passes(recipe, denoising_steps=denoising_steps, told_guidance=base.told_guidance),
         memory=_memory(recipe, base, facts, adapters=adapters),
     )
 
@@ -148,7 +148,7 @@ def base_on_meta(facts: Facts, *, name: str, dtype: DType) -> Base:
     return family(pipe, name=name, fingerprint="none, for there are no weights")
 
 
-def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int) -> Passes:
+def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int, told_guidance: bool = False) -> Passes:
     """How often the denoiser is asked: the number that `train` writes into the patch.
 
     A step of a trajectory asks the teacher once for each different prompt among the student's s, the empty one, the
@@ -158,15 +158,19 @@ def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int)
     Args:
         recipe: What to train.
         denoising_steps: Of a trajectory of S steps, how many the base's scheduler takes.
+        told_guidance: Whether the base's denoiser is told the guidance scale, so that nothing is predicted twice for it.
     """
     if recipe.objective == "closed-form":
         return Passes(0, 0, 0, 0, 0.0, None)
     _, erase, preserve = questions_of(resolve(recipe))
     edited = recipe.x_t == "edited"
     banks = math.ceil(recipe.steps / recipe.refresh_every) if edited else 1
-    asked = sum(len({q.s, 0, q.c, q.a}) + (2 if edited else 0) for q in erase)
+    roles = [q.roles(guided=recipe.guidance_scale > 1 and not told_guidance) for q in erase]
+    asked = sum(len(set(r)) + (len(set(r[:2])) if edited else 0) for r in roles)
     concepts = banks * recipe.trajectories * denoising_steps(recipe.trajectory_steps) * asked
-    preservation = denoising_steps(preserve_steps(recipe, preserve)) * sum(len({q.s, 0}) for q in preserve)
+    preservation = denoising_steps(preserve_steps(recipe, preserve)) * sum(
+        len(set(q.roles(guided=False))) for q in preserve
+    )
     training = 3 * recipe.steps * _rows(recipe)
     total = concepts + preservation + training
     each = total / (recipe.steps * recipe.batch_size)

@@ -16,7 +16,6 @@ import importlib.metadata
 import importlib.util
 import math
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
 from diffusers.optimization import get_scheduler
 from torch import Tensor
@@ -40,10 +40,14 @@ from esd_lora.folder import RECIPE, finished_run, locked
 from esd_lora.patch import Patch, write_file
 from esd_lora.recipe import Recipe
 from esd_lora.signals import Signals, stop
+from esd_lora.stopwatch import Stopwatch
 from esd_lora.trajectories import Bank, Question, default_preserve, preserve_steps, questions_of, record
 
 CHECK_EVERY = 10
 """Steps between looks at the losses: each look waits for the device."""
+
+COST = "run.yaml"
+"""What a run took, in its folder."""
 
 PACKAGES = ("esd_lora", "torch", "diffusers", "peft", "transformers", "accelerate")
 
@@ -61,6 +65,7 @@ class Run:
     optimizer: Any
     schedule: Any
     losses: Tensor  # (steps,) on the device
+    watch: Stopwatch
     banks: dict[str, Bank] = field(default_factory=dict)  # "erase" and, where asked for, "preserve"
     step: int = 0
     passes: int = 0
@@ -122,7 +127,7 @@ def _train(
     on_stage: Callable[[str, int, int], None] | None,
 ) -> Patch:
     """The patch, in a folder that is this run's or in memory; see `train`."""
-    started = time.monotonic()
+    watch = Stopwatch(base.device)
     _check_environment(recipe, base, out)
     base.remove_adapters()
     torch.manual_seed(recipe.seed)
@@ -138,7 +143,7 @@ def _train(
         if recipe.objective == "closed-form":
             patch = Patch(processes.agreed(solved), _provenance(recipe, base))
         else:
-            run = _begin(recipe, base, out)
+            run = _begin(recipe, base, out, watch)
             run.on_stage = on_stage
             if run.checkpoints:
                 _restore(run, run.checkpoints)
@@ -151,7 +156,7 @@ def _train(
     finally:
         base.remove_adapters()
     if out:
-        processes.agreed(partial(_write, out, patch, losses, _cost(started, base.device)))
+        processes.agreed(partial(_write, out, patch, losses, _cost(watch)))
     return patch
 
 
@@ -159,7 +164,7 @@ def _write(out: Path, patch: Patch, losses: Tensor, cost: bytes) -> None:
     """Leave what a run has made."""
     if len(losses):
         write_file(out / "loss.csv", _csv(losses))
-    write_file(out / "run.yaml", cost)
+    write_file(out / COST, cost)
     patch.save(out)  # the last, for it says that the run is done
     Checkpoints(out).remove()
 
@@ -193,7 +198,7 @@ def _check_environment(recipe: Recipe, base: Base, out: Path | None) -> None:
         raise RecipeError(f"dtype: the recipe says {recipe.dtype}, and the base is loaded in {base.dtype}")
 
 
-def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
+def _begin(recipe: Recipe, base: Base, out: Path | None, watch: Stopwatch) -> Run:
     """A run at step 0: prompts encoded, optimizer ready, nothing recorded yet."""
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(recipe.dtype, recipe.dtype),
@@ -209,7 +214,7 @@ def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
     else:
         base.denoiser.disable_gradient_checkpointing()
     prompts, erase, preserve = questions_of(recipe)
-    with base.encoders_alone():
+    with watch.stage("prompts"), base.encoders_alone():
         conditions = base.encode(prompts, resolution=recipe.resolution, guidance_scale=recipe.guidance_scale)
     optimizer = torch.optim.AdamW(base.adapter_parameters(), lr=recipe.lr, weight_decay=0.0)
     schedule = get_scheduler(
@@ -218,9 +223,8 @@ def _begin(recipe: Recipe, base: Base, out: Path | None) -> Run:
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     losses = torch.zeros(recipe.steps, device=base.device)
     checkpoints = Checkpoints(out) if out else None
-    return Run(
-        recipe, base, accelerator, conditions, erase, preserve, optimizer, schedule, losses, checkpoints=checkpoints
-    )
+    parts = (recipe, base, accelerator, conditions, erase, preserve, optimizer, schedule, losses, watch)
+    return Run(*parts, checkpoints=checkpoints)
 
 
 def _loop(
@@ -231,7 +235,8 @@ def _loop(
     """All steps that are left, with looks at the losses, samples and checkpoints between them."""
     recipe = run.recipe
     while run.step < recipe.steps:
-        _fill_banks(run)
+        with run.watch.stage("trajectories"):
+            _fill_banks(run)
         _step(run)
         run.step += 1
         save = run.step % recipe.checkpoint_every == 0
@@ -272,7 +277,9 @@ def _fill_banks(run: Run) -> None:
         if run.on_stage:
             run.on_stage("record", done, of)
 
-    def recorded(questions: list[Question], first_seed: int, *, steps: int, edited: bool) -> Bank:
+    def recorded(
+        questions: list[Question], first_seed: int, *, steps: int, guidance_scale: float, edited: bool
+    ) -> Bank:
         mine = processes.share(range(len(questions)))
         part, passes = record(
             run.base,
@@ -280,7 +287,7 @@ def _fill_banks(run: Run) -> None:
             [questions[i] for i in mine],
             [first_seed + i for i in mine],
             steps=steps,
-            guidance_scale=recipe.guidance_scale,
+            guidance_scale=guidance_scale,
             resolution=recipe.resolution,
             edited=edited,
             on_step=on_step,
@@ -292,10 +299,14 @@ def _fill_banks(run: Run) -> None:
     if "erase" not in run.banks or (edited and run.step % recipe.refresh_every == 0):
         age = run.step // recipe.refresh_every if edited else 0
         questions, first = run.erase * recipe.trajectories, _seed(recipe.seed, 1 + age)
-        run.banks["erase"] = recorded(questions, first, steps=recipe.trajectory_steps, edited=edited)
+        steps, guidance_scale = recipe.trajectory_steps, recipe.guidance_scale
+        run.banks["erase"] = recorded(questions, first, steps=steps, guidance_scale=guidance_scale, edited=edited)
     if "preserve" not in run.banks and run.preserve:
         steps = preserve_steps(recipe, run.preserve)
-        run.banks["preserve"] = recorded(run.preserve, _seed(recipe.seed, 0), steps=steps, edited=False)
+        # without guidance, for half the passes; on the embedded base no less is kept for it
+        run.banks["preserve"] = recorded(
+            run.preserve, _seed(recipe.seed, 0), steps=steps, guidance_scale=1.0, edited=False
+        )
 
 
 def _step(run: Run) -> None:
@@ -314,10 +325,11 @@ def _step(run: Run) -> None:
         s.append(bank.s[rows])
         factor = recipe.preserve_weight if name == "preserve" else 1.0
         weight.append(torch.full((len(rows),), factor / recipe.batch_size, device=bank.x.device))
-    with accelerator.autocast():
-        student = run.base.predict(torch.cat(x).to(run.base.dtype), torch.cat(t), run.conditions[torch.cat(s)])
-    loss = esd_loss(student, torch.cat(target), weight=torch.cat(weight))
-    accelerator.backward(loss)
+    with run.watch.stage("student"):
+        with accelerator.autocast():
+            student = run.base.predict(torch.cat(x).to(run.base.dtype), torch.cat(t), run.conditions[torch.cat(s)])
+        loss = esd_loss(student, torch.cat(target), weight=torch.cat(weight))
+        accelerator.backward(loss)
     loss = processes.sum_gradients(loss.detach(), run.base.adapter_parameters())
     accelerator.clip_grad_norm_(run.base.adapter_parameters(), recipe.max_grad_norm)
     run.optimizer.step()
@@ -389,7 +401,8 @@ def _save(run: Run) -> None:
             "fingerprint": run.base.fingerprint,
         },
     )
-    processes.agreed(save)
+    with run.watch.stage("checkpoints"):
+        processes.agreed(save)
 
 
 def _restore(run: Run, checkpoints: Checkpoints) -> None:
@@ -437,14 +450,26 @@ def _csv(losses: Tensor) -> bytes:
     return "\n".join(["step,loss", *(f"{i},{v:.6g}" for i, v in enumerate(losses.tolist(), 1)), ""]).encode()
 
 
-def _cost(started: float, device: torch.device) -> bytes:
-    """What the run, or its last part where it was resumed, cost on this machine, as YAML."""
-    rows = [f"seconds: {time.monotonic() - started:.2f}"]
-    if device.type == "cuda":
-        rows.append(f"peak_memory_mb: {torch.cuda.max_memory_allocated(device) / 1e6:.0f}")
+def _cost(watch: Stopwatch) -> bytes:
+    """What the run, or its last part where it was resumed, cost on this machine, as YAML: seconds by stage, and memory.
+
+    `over_floor` is the whole over the student's forward and backward passes, which nothing can do without.
+    """
+    seconds = watch.seconds()
+    told: dict[str, Any] = {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
+    if seconds.get("student"):
+        told["over_floor"] = round(seconds["total"] / seconds["student"], 3)
+    if watch.device.type == "cuda":
+        told["peak_memory_mb"] = round(torch.cuda.max_memory_allocated(watch.device) / 1e6)
     elif sys.platform != "win32":  # which has no such counter
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
-        rows.append(f"peak_memory_mb: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:.0f}")
-    return "\n".join([*rows, ""]).encode()
+        told["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
+    return yaml.safe_dump(told, sort_keys=False).encode()
+
+
+def read_cost(folder: Path) -> dict[str, Any]:
+    """What the run in this folder took: seconds by stage, `over_floor`, peak memory."""
+    told: dict[str, Any] = yaml.safe_load((folder / COST).read_text(encoding="utf-8"))
+    return told

@@ -74,6 +74,10 @@ class Question:
     a: int
     eta: float
 
+    def roles(self, *, guided: bool) -> tuple[int, int, int, int]:
+        """The rows of s, ∅, c and a; where neither guidance nor η asks for ∅, s stands in, which is predicted once."""
+        return self.s, 0 if guided or self.eta else self.s, self.c, self.a
+
 
 @dataclass(frozen=True)
 class Bank:
@@ -162,7 +166,8 @@ def record(
     """
     sampler = base.sampler(steps, resolution=resolution, seed=seeds[0])
     x_t = sampler.start(base.noise(seeds, resolution=resolution).float())
-    rows = torch.tensor([[q.s, 0, q.c, q.a] for q in questions])  # (B, roles)
+    guided_here = guidance_scale > 1 and not base.told_guidance
+    rows = torch.tensor([q.roles(guided=guided_here) for q in questions])  # (B, roles)
     eta = torch.tensor([q.eta for q in questions], device=base.device)[:, None, None, None]
     examples: list[tuple[Tensor, Tensor, Tensor]] = []
     passes = 0

@@ -82,35 +82,38 @@ def test_known_bases(base: str, family: str, parameters: int, prediction_type: s
 
 def test_passes_worked_by_hand() -> None:
     settings = {"trajectories": 3, "trajectory_steps": 10, "steps": 50, "batch_size": 4}
-    # 3 × 10 × {c, ∅}; 10 × {p, ∅}; 50 × (4 + 4) × 3
+    # 3 × 10 × {c, ∅}; 10 × {p}, without guidance; 50 × (4 + 4) × 3
     passes = count_passes(recipe_of(SD15, **settings))
-    assert (passes.concepts, passes.preservation, passes.training, passes.total) == (60, 20, 1200, 1280)
-    assert passes.per_example == 1280 / 200
-    assert passes.authors_ratio == 56 * 200 / 1280
+    assert (passes.concepts, passes.preservation, passes.training, passes.total) == (60, 10, 1200, 1270)
+    assert passes.per_example == 1270 / 200
+    assert passes.authors_ratio == 56 * 200 / 1270
     passes = count_passes(recipe_of(SD15, **settings, preserve=[str(i) for i in range(40)]))
-    assert passes.preservation == 5 * 40 * 2  # 50 × 4 examples are used: 5 of each prompt, not 10
+    assert passes.preservation == 5 * 40  # 50 × 4 examples are used: 5 of each prompt, not 10
     passes = count_passes(recipe_of(SD15, **settings, preserve_weight=0))
     assert (passes.concepts, passes.preservation, passes.training) == (60, 0, 600)
 
 
 @pytest.mark.parametrize(
-    ("concept", "x_t", "concepts"),
+    ("concept", "how", "concepts"),
     [
-        ({"erase": "cat", "replace_with": "dog"}, "base", 3),  # c, ∅, a
-        ({"erase": "hat", "from": "cowboy"}, "base", 3),  # s = a, ∅, c
-        ({"erase": "hat", "from": "cowboy", "replace_with": "man"}, "base", 4),  # s, ∅, c, a
-        ({"erase": "cat"}, "edited", 3 * (2 + 2)),  # teacher and student, at steps 0, 2 and 4
-        ({"erase": "hat", "from": "cowboy"}, "edited", 3 * (3 + 2)),
+        ({"erase": "cat", "replace_with": "dog"}, {}, 3),  # c, ∅, a
+        ({"erase": "hat", "from": "cowboy"}, {}, 3),  # s = a, ∅, c
+        ({"erase": "hat", "from": "cowboy", "replace_with": "man"}, {}, 4),  # s, ∅, c, a
+        ({"erase": "cat"}, {"x_t": "edited"}, 3 * (2 + 2)),  # teacher and student, at steps 0, 2 and 4
+        ({"erase": "hat", "from": "cowboy"}, {"x_t": "edited"}, 3 * (3 + 2)),
+        ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1}, 3),  # η asks for ∅
+        ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1, "eta": 0}, 2),  # c, a
+        ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1, "eta": 0, "x_t": "edited"}, 3 * (2 + 1)),
     ],
 )
 def test_passes_are_those_that_the_trainer_counts(
-    concept: dict[str, str], x_t: str, concepts: int, tmp_path: Path
+    concept: dict[str, str], how: dict[str, Any], concepts: int, tmp_path: Path
 ) -> None:
     recipe = recipe_of(
         save_tiny(tmp_path),
         concepts=concept,
         preserve=["", "a dog"],
-        x_t=x_t,
+        **how,
         refresh_every=2,
         steps=5,
         trajectories=2,
@@ -150,7 +153,7 @@ def test_frozen_keys_have_no_moments() -> None:
 
 
 def test_default_preserve_list_is_counted() -> None:
-    assert count_passes(recipe_of(SD15, preserve=None)).preservation > 20 * 2 * 10
+    assert count_passes(recipe_of(SD15, preserve=None)).preservation > 20 * 4
 
 
 def adapted(device: str) -> Base:

@@ -139,7 +139,11 @@ def test_a_run_leaves_patch_recipe_and_records(base: Base, recipe_of: RecipeOf, 
     assert "a dog" in (written.preserve or ())  # the default list is written out
     assert same(load_patch(folder).tensors, patch.tensors)
     cost = yaml.safe_load((folder / "run.yaml").read_text())
-    assert cost["seconds"] > 0
+    *stages, total = cost["seconds"].values()
+    assert list(cost["seconds"]) == ["prompts", "trajectories", "student", "other", "total"]
+    assert sum(stages) == pytest.approx(total, abs=0.01)  # rounded to milliseconds
+    assert min(stages) >= 0
+    assert cost["over_floor"] == pytest.approx(total / cost["seconds"]["student"], rel=0.1)
     assert cost["peak_memory_mb"] > 50
 
 

@@ -105,6 +105,17 @@ def test_inputs_are_those_of_the_pipelines_own_loop(scheduler: Any, prediction_t
     assert (bank_of(base, ERASE_CAT, seeds=[8])[0].x - x).abs().max() > 1
 
 
+def test_without_guidance_and_push_the_empty_prompt_is_not_asked_for() -> None:
+    base, keep = tiny_base(), Question(s=2, c=2, a=2, eta=0.0)
+    bank, passes = bank_of(base, keep, seeds=[7], guidance_scale=1.0)
+    assert passes == STEPS
+    both, twice = bank_of(base, keep, seeds=[7], guidance_scale=1.0 + 1e-6)  # next to none, with ∅ asked for
+    assert twice == 2 * STEPS
+    torch.testing.assert_close(bank.x, both.x, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(bank.target, both.target, rtol=0, atol=ROUNDING)
+    assert (bank.x - bank_of(base, keep, seeds=[7])[0].x).abs().max() > 5 * ROUNDING
+
+
 def test_each_trajectory_has_its_own_prompt_and_seed() -> None:
     base = tiny_base()
     dog = Question(s=2, c=2, a=0, eta=1.0)
