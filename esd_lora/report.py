@@ -99,11 +99,11 @@ def measure_patches(
     kept_seeds: int = 2,
     on_picture: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Scores | AttributeScores]]:
-    """The scores of each patch's concepts, also written into its file, beside it as `scores.json`, and as `grid.png`.
+    """The scores of each patch's concepts; in a patch's folder also in its file, as `scores.json`, and as `grid.png`.
 
     Args:
         base: The embedded base, bare.
-        patches: By folder.
+        patches: By where they are; what is no folder here is measured, and nothing is written.
         target_seeds: Pictures of each cell of an erased concept; by default 200 in all.
         kept_seeds: Pictures of every other cell.
         on_picture: Called with the number of pictures drawn and their total.
@@ -136,12 +136,17 @@ def measure_patches(
             how = partial(score_attribute, wearer) if wearer else partial(score, target)
             scores[folder].append(how(cells, *seen, evaluator))
             grids.append(score_grid(target, cells, before, after))
-        found = [s.to_dict() for s in scores[folder]]
-        replace(patch, info={**patch.info, "scores": found}).save(folder)
-        write_file(Path(folder) / "scores.json", json.dumps(found, indent=2).encode())
-        for i, picture in enumerate(grids, 1):
-            save_picture(picture, Path(folder) / ("grid.png" if i == 1 else f"grid-{i}.png"))
+        if Path(folder).is_dir():
+            _write_scores(Path(folder), patch, [s.to_dict() for s in scores[folder]], grids)
     return scores
+
+
+def _write_scores(folder: Path, patch: Patch, found: list[dict[str, Any]], grids: Pictures) -> None:
+    """Leave the scores of a patch in its file and beside it, with a grid for each concept."""
+    replace(patch, info={**patch.info, "scores": found}).save(folder)
+    write_file(folder / "scores.json", json.dumps(found, indent=2).encode())
+    for i, picture in enumerate(grids, 1):
+        save_picture(picture, folder / ("grid.png" if i == 1 else f"grid-{i}.png"))
 
 
 class Job(NamedTuple):

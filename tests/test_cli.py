@@ -23,7 +23,7 @@ import esd_lora
 from esd_lora import bases, cli, training
 from esd_lora.errors import TrainingError
 from esd_lora.patch import FILE_NAME, Patch, load_patch
-from esd_lora.recipe import load_recipe
+from esd_lora.recipe import load_recipe, make_recipe
 
 SHORT = [
     *("--set", "steps=3", "--set", "trajectories=1", "--set", "trajectory_steps=2", "--set", "preserve=[dog]"),
@@ -275,11 +275,21 @@ def test_what_stack_cannot_do_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_eval_refuses_what_it_cannot_write_scores_into(call: Call, patch_folder: Path) -> None:
-    for name in (f"{patch_folder}:0.5", f"{patch_folder}/{FILE_NAME}"):
-        result = call("eval", "--base", "emoji", "--patch", name)
-        assert result.code == 2
-        assert f"--patch {name}: eval writes its scores into the patch's folder, and this is none" in result.err
+def test_eval_of_a_file_prints_scores_and_writes_nothing(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe({"base": "emoji", "concepts": "cat", "keys": "closed-form"})
+    training.train(recipe, bases.load_base("emoji"), out=tmp_path / "cat")
+    before = {p: p.read_bytes() for p in (tmp_path / "cat").iterdir()}
+    monkeypatch.setattr("esd_lora.report.draw", lambda base, cells, *_, **__: [Image.new("RGB", (64, 64))] * len(cells))
+    result = call("eval", "--base", "emoji", "--patch", tmp_path / "cat" / FILE_NAME, "--json", "--quiet")
+    assert [s["target"] for s in json.loads(result.out)[str(tmp_path / "cat" / FILE_NAME)]] == ["cat"]
+    assert {p: p.read_bytes() for p in (tmp_path / "cat").iterdir()} == before
+
+
+def test_eval_refuses_a_weight(call: Call, patch_folder: Path) -> None:
+    result = call("eval", "--base", "emoji", "--patch", f"{patch_folder}:0.5")
+    assert (result.code, result.err.count("\n")) == (2, 1)
 
 
 def test_stack_never_overwrites_a_patch(call: Call, patch_folder: Path) -> None:
