@@ -1,10 +1,19 @@
-"""Rates of pictures, with what is known of them: n, interval, and the base's own rate."""
+"""Rates of pictures, with what is known of them: n, interval, and the base's own rate.
+
+    rate                 a share of pictures that tell nothing of each other      Wilson's interval
+    cluster_bootstrap    a mean over pictures that are alike within a prompt      whole prompts are drawn again
+    paired               two ways of drawing the same pictures                    McNemar's test, and their difference
+
+All intervals are of 95 %.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -47,3 +56,94 @@ def rate(hits: Sequence[bool], base_hits: Sequence[bool] | None = None) -> Rate:
     base = sum(base_hits) / n if base_hits is not None else None
     # the interval holds p, which rounding may leave outside where all or none are hits
     return Rate(p, n, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), base)
+
+
+def cluster_bootstrap(
+    hits: Sequence[float], clusters: Sequence[Hashable], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of hits, with whole clusters drawn again.
+
+    The bootstrap of hierarchical data (Efron 1979; Davison and Hinkley 1997, section 3.8). Pictures of one prompt are
+    alike, so that n of them tell less than n independent ones. A draw takes as many clusters as there are, with
+    replacement; nested ones are drawn likewise within each that was drawn, and the innermost come whole. Of few clusters,
+    below ten or so, the interval is too narrow, and of a single one it is a point.
+
+    Args:
+        hits: One for each picture: a bool, or any number that has a mean, such as a difference of two hits.
+        clusters: What each picture belongs to: a key such as its prompt, or a tuple of keys, the outermost first, such as
+            (prompt, seed, training seed).
+        draws: How often to draw.
+        seed: Of the draws.
+
+    Returns:
+        The 2.5 % and 97.5 % quantiles of the means of the draws.
+
+    Raises:
+        ValueError: There are no pictures, a picture has no cluster, or some are nested deeper than others.
+    """
+    keys = [key if isinstance(key, tuple) else (key,) for key in clusters]
+    if not len(hits) or len(hits) != len(keys) or len(set(map(len, keys))) > 1:
+        raise ValueError(f"{len(hits)} pictures in {len(keys)} clusters: each needs one, all nested equally deep")
+    values, rng = np.asarray(hits, np.float64), np.random.default_rng(seed)
+
+    def totals(rows: Sequence[int], level: int, times: np.ndarray) -> np.ndarray:
+        """Sum of hits and number of pictures (2, draws), of rows that are a cluster drawn so many times (draws,)."""
+        if level == len(keys[0]):
+            return np.outer([values[rows].sum(), len(rows)], times)
+        within: dict[Hashable, list[int]] = {}
+        for row in rows:
+            within.setdefault(keys[row][level], []).append(row)
+        n = len(within)
+        counts = rng.multinomial(times * n, np.full(n, 1 / n))  # (draws, n)
+        parts = [totals(r, level + 1, counts[:, j]) for j, r in enumerate(within.values())]
+        whole: np.ndarray = np.sum(parts, 0)
+        return whole
+
+    total, pictures = totals(range(len(values)), 0, np.ones(draws, np.int64))
+    low, high = np.quantile(total / pictures, (0.025, 0.975)).tolist()
+    return low, high
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What two ways of drawing the same n pictures differ in."""
+
+    difference: float
+    """The rate of the first minus that of the second."""
+    low: float
+    high: float
+    """Its 95 % bootstrap interval."""
+    only_first: int
+    only_second: int
+    """Pictures that are hits of one way alone."""
+    p: float
+    """Two-sided, of McNemar's exact test: how often chance alone is as one-sided, were both ways alike."""
+    n: int
+
+
+def paired(
+    hits_a: Sequence[bool], hits_b: Sequence[bool], clusters: Sequence[Hashable] | None = None, *, seed: int = 0
+) -> Paired:
+    """The difference of two rates on the same pictures, its interval, and McNemar's exact test (McNemar 1947).
+
+        p = min(1, 2 · P[X ≤ min(b, c)]),    X ~ Binomial(b + c, ½)
+
+    with b and c the pictures that are hits of one way alone: the others say nothing about which is better. The test takes
+    pictures as independent; where those of a prompt are alike, trust the interval.
+
+    Args:
+        hits_a, hits_b: Of the same prompts and the same noise, in the same order.
+        clusters: See `cluster_bootstrap`; every picture is its own by default.
+        seed: Of the bootstrap's draws.
+
+    Raises:
+        ValueError: There are no pictures, or not as many of one way as of the other.
+    """
+    n = len(hits_a)
+    if not n or n != len(hits_b):
+        raise ValueError(f"pairs of {n} and {len(hits_b)} pictures")
+    differences = [float(a) - float(b) for a, b in zip(hits_a, hits_b, strict=True)]
+    low, high = cluster_bootstrap(differences, range(n) if clusters is None else clusters, seed=seed)
+    b, c = differences.count(1), differences.count(-1)
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
+    return Paired(sum(differences) / n, low, high, b, c, min(1.0, 2 * tail / 2 ** (b + c)), n)

@@ -1,0 +1,325 @@
+"""What a patch changes, measured without asking an evaluator what is in the pictures.
+
+    drift, pixel_drift    how far each picture moved, from the base's of the same prompt and noise to the patched one
+    on_rulers             the same, with 0 and 1 where the base's own pictures put them
+    kid                   how far a set of pictures moved, as a distribution
+    denoise_gap           how much worse pictures are denoised: no sampling and no guidance, only the denoiser's own error
+    replacement_map       what is seen instead of what was asked for, and how much that scatters
+
+Of a patch that does nothing every drift and gap is exactly 0.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esd_lora.bases.base import Base, Condition
+from esd_lora.compose import attach
+from esd_lora.emoji.evaluators import Evaluator, to_array, to_tensor
+from esd_lora.errors import RecipeError
+from esd_lora.patch import Patch
+from esd_lora.pictures import Pictures
+
+Features = Callable[[Pictures], list[Tensor]]
+"""N pictures → feature maps of a network, each (N, channels, h, w)."""
+
+BATCH = 100
+"""Pictures that go through a network of features together."""
+DENOISED = 8
+"""Latents that go through an autoencoder or a denoiser together."""
+FIRST_NOISE = 1_000_000_000
+"""Seeds of the noise of `denoise_gap` start here, away from those that pictures are drawn from."""
+
+
+# ---- pictures, two by two ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def drift(before: Pictures, after: Pictures, features: Features) -> Tensor:
+    """How far the features of each picture moved, (N,) float32 on the CPU, from 0 for equal pictures up to 4.
+
+        mean over maps l and positions p of  ‖ f_l,p / ‖f_l,p‖ − g_l,p / ‖g_l,p‖ ‖²
+
+    LPIPS (Zhang et al. 2018, arXiv:1801.03924) without its learned weights of channels, and averaged over the maps where
+    LPIPS sums: comparable between patches, not with published LPIPS.
+
+    Args:
+        before, after: N pictures of the base and of the patched base, of the same prompts and noise, in the same order.
+        features: For the embedded base `feature_maps(load_evaluator("filter"))`.
+
+    Raises:
+        ValueError: The pictures are not pairs of one size, or there are none.
+    """
+    _check_pairs(before, after)
+    parts = []
+    for start in range(0, len(before), BATCH):
+        some = slice(start, start + BATCH)
+        maps = zip(features(before[some]), features(after[some]), strict=True)
+        moved = [(F.normalize(f.float()) - F.normalize(g.float())).square().sum(1).mean((1, 2)) for f, g in maps]
+        parts.append(torch.stack(moved).mean(0).cpu())
+    return torch.cat(parts)
+
+
+def pixel_drift(before: Pictures, after: Pictures) -> Tensor:
+    """The mean squared difference of each picture's pixels, (N,) float32: 0 for equal pictures, 1 from black to white.
+
+    It needs no network and so does for any base; a picture that is the same but shifted counts as another one.
+
+    Args:
+        before, after: As for `drift`.
+
+    Raises:
+        ValueError: The pictures are not pairs of one size, or there are none.
+    """
+    _check_pairs(before, after)
+    pairs = ([np.asarray(p.convert("RGB"), np.float64) / 255 for p in pair] for pair in zip(before, after, strict=True))
+    return torch.tensor([np.square(a - b).mean() for a, b in pairs], dtype=torch.float32)
+
+
+def _check_pairs(before: Pictures, after: Pictures) -> None:
+    """Nothing, if there are pictures, and each has another of its size.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if not before or [p.size for p in before] != [p.size for p in after]:
+        raise ValueError(f"drift is between pairs of pictures of one size; got {len(before)} and {len(after)} pictures")
+
+
+def feature_maps(evaluator: Evaluator) -> Features:
+    """The features of an evaluator of the embedded base: of each size of its maps, from 32 down to 8, the last one.
+
+    What is left once positions are averaged, `feature_maps(evaluator)(pictures)[-1].mean((2, 3))`, is what its answers are
+    read from, and what to give to `kid`.
+    """
+    *stages, _ = evaluator.network.children()
+
+    def maps(pictures: Pictures) -> list[Tensor]:
+        x = to_tensor(to_array(pictures))
+        last: dict[int, Tensor] = {}
+        for stage in stages:
+            x = stage(x)
+            last[x.shape[-1]] = x
+        return list(last.values())
+
+    return maps
+
+
+def on_rulers(drift: Tensor, floor: Tensor, ceiling: Tensor) -> Tensor:
+    """The drift of each picture on a ruler of the base's own, (N,).
+
+        (drift − mean floor) / (mean ceiling − mean floor)
+
+    0 is the base against itself in another batch size or dtype, where nothing but rounding differs; 1 is the base against
+    itself with other seeds, where nothing but the prompt is shared. A patch that changes no bit is a little below 0, and one
+    that ruins pictures may be above 1.
+
+    Args:
+        drift: Of the patched pictures, (N,).
+        floor, ceiling: Of the base's pictures, any number, measured in the same way.
+
+    Raises:
+        ValueError: Other seeds move the pictures no further than rounding does, so that there is nothing to measure by.
+    """
+    zero, one = floor.double().mean(), ceiling.double().mean()
+    if not one > zero:
+        raise ValueError(f"no ruler: another seed moves pictures by {one:.3g}, and rounding alone by {zero:.3g}")
+    return ((drift.double() - zero) / (one - zero)).to(drift.dtype)
+
+
+# ---- sets of pictures -------------------------------------------------------------------------------------------
+
+
+def kid(features_a: Tensor, features_b: Tensor) -> tuple[float, float]:
+    """The kernel distance of two sets of pictures, and its standard error.
+
+        MMD² = mean_{i≠j} k(a_i, a_j) + mean_{i≠j} k(b_i, b_j) − 2 mean_{i,j} k(a_i, b_j),        k(x, y) = (xᵀy / D + 1)³
+
+    Bińkowski et al. 2018, arXiv:1801.01401: unbiased at any number of pictures, unlike FID, so that of two sets from one
+    distribution it is 0 in the mean, and as often below as above. The sets must be independent: draw them from different
+    seeds, for a set against itself comes out far below 0. Values of different features are not comparable.
+
+    They average over random subsets of 1,000 and give the spread of these; here all pictures are used at once, in float64,
+    and the error is the jackknife's, which in the mean is never too small (Efron and Stein 1981), and about half too large
+    where the sets are alike.
+
+    Args:
+        features_a, features_b: (m, D) and (n, D), one row a picture, m and n at least 3.
+
+    Raises:
+        ValueError: Too few rows, or features of different sizes.
+    """
+    if features_a.shape[1:] != features_b.shape[1:] or min(len(features_a), len(features_b)) < 3:
+        shapes = f"{tuple(features_a.shape)} and {tuple(features_b.shape)}"
+        raise ValueError(f"kid is of two sets of 3 pictures or more, of the same features; got {shapes}")
+    a, b = features_a.cpu().double(), features_b.cpu().double()  # not every device has float64
+    aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    means = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (aa, bb)]
+    variance = _jackknife(aa, ab) + _jackknife(bb, ab.T)
+    return (sum(means) - 2 * ab.mean()).item(), variance.sqrt().item()
+
+
+def _jackknife(own: Tensor, cross: Tensor) -> Tensor:
+    """The variance that a set's m pictures give to MMD², by leaving out each in turn; (m, m) and (m, n) kernels.
+
+    Without picture i it is, up to a constant, less by 2 / (m − 1) · [Σ_{j≠i} k(a_i, a_j) / (m − 2) − mean_j k(a_i, b_j)], and
+    the jackknife's variance is m − 1 times the variance of that over i.
+    """
+    m = len(own)
+    pulls = (own.sum(1) - own.diagonal()) / (m - 2) - cross.mean(1)
+    return 4 / (m - 1) * pulls.var(correction=0)
+
+
+# ---- the denoiser -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def latents_of(base: Base, pictures: Pictures) -> Tensor:
+    """The pictures' latents x_0 as the denoiser knows them, (N, C, H, W) float32 on the base's device: no noise in them."""
+    # a copy in float32, for SDXL's autoencoder overflows in float16
+    vae = copy.deepcopy(base.pipe.vae).to(base.device, torch.float32)
+    x = base.pipe.image_processor.preprocess(pictures).to(base.device)
+    z = torch.cat([vae.encode(part).latent_dist.mode() for part in torch.split(x, DENOISED)])
+    latents: Tensor = (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return latents
+
+
+def noised(scheduler: Any, x_0: Tensor, noise: Tensor, *, level: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t as the network is given it, t (), and what the network should predict there.
+
+        diffusion    x_t = α x_0 + σ ε,  α² = ᾱ_t,  σ² = 1 − ᾱ_t        ε, or v = α ε − σ x_0, or x_0
+        flow         x_t = (1 − t) x_0 + t ε                            ε − x_0
+
+    As models are trained, whatever steps the scheduler would sample by: Euler's x_t is this one once it is scaled.
+
+    Args:
+        scheduler: Of a base; its config tells which prediction it is.
+        x_0, noise: Latents and unit noise, each (B, C, H, W).
+        level: t in parts of the training timesteps, from 0 for the picture to below 1 for noise.
+    """
+    count, kind = scheduler.config.num_train_timesteps, scheduler.config.get("prediction_type", "flow_prediction")
+    if kind == "flow_prediction":
+        return (1 - level) * x_0 + level * noise, torch.tensor(level * count, device=x_0.device), noise - x_0
+    t = int(level * count)
+    alpha_bar = scheduler.alphas_cumprod[t].item()
+    alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    truth = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x_0, "sample": x_0}[kind]
+    return alpha * x_0 + sigma * noise, torch.tensor(t, device=x_0.device), truth
+
+
+@dataclass(frozen=True)
+class DenoiseGap:
+    """How much worse than the base a patched base denoises N pictures, each (N,) float32 on the CPU; see `denoise_gap`."""
+
+    asked: Tensor
+    """With the pictures' own prompts."""
+    empty: Tensor
+    """With the empty prompt."""
+
+
+@torch.no_grad()
+def denoise_gap(
+    base: Base, patches: Sequence[Patch], prompts: Sequence[str], x_0: Tensor, *, levels: int = 10
+) -> DenoiseGap:
+    """How much worse the patched base denoises these pictures than the base does: 0 is as well as it.
+
+        E ‖ε_θ(x_t, t, c) − ε‖² − E ‖ε*(x_t, t, c) − ε‖²                               for the prompts c, and for c = ∅
+
+    over `levels` equally spaced t and noise that is the same every time; v and flow in the place of ε where the base predicts
+    these, and a base that is told a guidance scale is told 1.
+
+    Ask for pictures of the concept and for kept ones in turn. Where the concept's gap is large with its prompts and near 0
+    with the empty one, the denoiser still knows what the concept looks like, and only no longer goes there when asked:
+    avoidance, not destruction (Lu et al. 2025, arXiv:2505.17013).
+
+    Args:
+        base: The model; the patches are active on it meanwhile, and it is bare afterwards.
+        patches: Any number.
+        prompts: N prompts.
+        x_0: Latents of N pictures of these prompts, (N, C, H, W), from `latents_of`.
+        levels: How many t; 10 of 1000 are 50, 150, …, 950.
+
+    Raises:
+        RecipeError: There are more or fewer prompts than pictures, or the latents are those of another base.
+        PatchError: A patch does not fit.
+    """
+    if len(prompts) != len(x_0):
+        raise RecipeError(f"{len(prompts)} prompts need as many pictures, got {len(x_0)}")
+    resolution = x_0.shape[-1] * base.pipe.vae_scale_factor
+    if x_0.shape[1:] != base.latent_shape(resolution):
+        raise RecipeError(f"{base.name} has latents {base.latent_shape(resolution)}, got {tuple(x_0.shape[1:])}")
+    x_0 = x_0.to(base.device, torch.float32)
+    words = list(dict.fromkeys(["", *prompts]))
+    conditions = base.encode(words, resolution=resolution)
+    rows = torch.tensor([words.index(p) for p in prompts], device=base.device)
+    attach(base, patches)
+    try:
+        asked, empty = (_excess(base, conditions, r, x_0, levels) for r in (rows, torch.zeros_like(rows)))
+    finally:
+        base.remove_adapters()
+    return DenoiseGap(asked, empty)
+
+
+def _excess(base: Base, conditions: Condition, rows: Tensor, x_0: Tensor, levels: int) -> Tensor:
+    """The squared error with the adapters less that without, mean over levels and elements, (N,) float32 on the CPU."""
+    scheduler, resolution = base.scheduler, x_0.shape[-1] * base.pipe.vae_scale_factor
+    parts = []
+    for some in torch.split(torch.arange(len(x_0)), DENOISED):
+        gaps = []
+        for k in range(levels):
+            noise = base.noise([FIRST_NOISE + levels * i + k for i in some.tolist()], resolution=resolution).float()
+            x_t, t, truth = noised(scheduler, x_0[some], noise, level=(k + 0.5) / levels)
+            given = x_t.to(base.dtype), t.expand(len(x_t)), conditions[rows[some]]
+            student = base.predict(*given)
+            with base.teacher():
+                teacher = base.predict(*given)
+            gaps.append((student.float() - truth).square() - (teacher.float() - truth).square())
+        parts.append(torch.stack(gaps).mean((0, 2, 3, 4)).cpu())
+    return torch.cat(parts)
+
+
+# ---- answers ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What is seen where one thing was asked for."""
+
+    counts: Mapping[str, int]
+    """Pictures by what is seen in them, the most frequent first."""
+
+    @property
+    def entropy(self) -> float:
+        """In bits: 0 where the same is seen every time, log₂ K where K things are seen equally often."""
+        n = sum(self.counts.values())
+        return sum(k / n * math.log2(n / k) for k in self.counts.values())
+
+
+def replacement_map(wanted: Sequence[str], seen: Sequence[str]) -> dict[str, Replacement]:
+    """What is seen by what was asked for: the rows of a confusion matrix, in the order in which they first come.
+
+    An erased concept that turns into one other leaves a row of low entropy, one that turns into anything a high one.
+
+    Args:
+        wanted: What each picture was asked to show.
+        seen: What an evaluator sees in it.
+
+    Raises:
+        ValueError: More of one than of the other.
+    """
+    if len(wanted) != len(seen):
+        raise ValueError(f"{len(wanted)} pictures were asked for and {len(seen)} seen")
+    counts: dict[str, Counter[str]] = {}
+    for asked, answer in zip(wanted, seen, strict=True):
+        counts.setdefault(asked, Counter())[answer] += 1
+    return {asked: Replacement(dict(row.most_common())) for asked, row in counts.items()}
