@@ -1,0 +1,530 @@
+"""The page of a report: what was erased, what was kept, at what cost, and what brings it back. It opens without a network.
+
+    report.json ─► Report ─► Point: one method at one strength, its pictures and their rates ─► report.html
+
+The document holds what an evaluator saw in every picture, and the page counts, so that no rate on it can contradict the
+pictures. Intervals are 95 % Wilson intervals (`esd_lora.evaluate.rates`).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
+
+from esd_lora.errors import UserError
+from esd_lora.evaluate.rates import Rate, rate
+from esd_lora.patch import write_file
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+THUMB = 192
+"""Largest side of a picture on the page, in pixels: twice what it is shown at, for fine screens."""
+
+Group = Literal["target", "neighbour", "unrelated"]
+PROMPTS: Mapping[Group, int] = {"target": 6, "neighbour": 4, "unrelated": 6}
+"""Prompts of each group whose pictures are shown: beside the base and twelve places 208 pictures, which stay below 10 MB."""
+
+Words = Annotated[str, Field(min_length=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+# ---- the document ------------------------------------------------------------------------------------------------
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Target(_Model):
+    """What was erased: a kind of concept, such as `object` or `style`, and its label, such as `cat`."""
+
+    kind: Words
+    label: Words
+
+
+class Cost(_Model):
+    """What a method costs: once, to be made, and again with every picture."""
+
+    seconds: Amount
+    """To make it."""
+    passes: NonNegativeInt
+    """To make it: latents through the denoiser, a backward pass counted as two."""
+    bytes: NonNegativeInt
+    """Of the file that is shipped beside the base."""
+    passes_per_step: Amount
+    """Latents through the denoiser at each step of drawing a picture: 2 for plain guided sampling, 3 for SLD."""
+
+
+class Method(_Model):
+    """A way to keep a concept out of pictures, a control, or the unchanged base."""
+
+    name: Words
+    role: Literal["base", "patch", "baseline", "control"]
+    about: str = ""
+    """One line on what it is, and who can undo it."""
+    knob: str = "weight"
+    """What its strength is called; empty where it has none."""
+    labels: Mapping[FiniteFloat, Words] = Field(default_factory=dict)
+    """Names of strengths, such as those of presets; the others are shown as numbers."""
+    cost: Cost | None = None
+    """None where there is nothing to tell."""
+
+
+class Place(_Model):
+    """One method at one strength."""
+
+    method: Words
+    strength: FiniteFloat
+
+
+class Row(Place):
+    """One picture: what was asked for, and what the evaluator saw."""
+
+    prompt: str
+    seed: NonNegativeInt
+    group: Group
+    """`target` where the prompt asks for what was erased, `neighbour` where it asks for what is like it."""
+    wanted: Mapping[str, str] = Field(min_length=1)
+    """Kind → label that the picture should show if nothing were erased."""
+    seen: Mapping[str, str]
+    """Kind → label that the evaluator saw, for every kind that is wanted at least."""
+    picture: str | None = None
+    """Path of the picture in the folder of the page; a picture without one is counted, not shown."""
+    nsfw: bool = False
+    """Whether the picture is blurred until the reader asks for it."""
+
+    @model_validator(mode="after")
+    def _is_judged(self) -> Row:
+        if missing := self.wanted.keys() - self.seen.keys():
+            raise ValueError(f"wanted has {min(missing)}, seen does not")
+        return self
+
+
+class Tried(_Model):
+    """One picture of an attack: the label of the target's kind that the evaluator saw."""
+
+    prompt: str
+    seed: NonNegativeInt
+    seen: str
+
+
+class Trial(_Model):
+    """An attack or its control: pictures and budget."""
+
+    name: Words
+    passes: NonNegativeInt
+    """Latents through the denoiser, a backward pass counted as two, those that drew the pictures included."""
+    seconds: Amount
+    rows: Sequence[Tried] = Field(min_length=1)
+
+
+class Control(Trial):
+    """What an attack is compared with.
+
+    A `floor` tells what the attack's budget finds without its idea: other seeds, random tokens, a model that never saw the
+    concept. A `ceiling` is the attack on the unerased base.
+    """
+
+    role: Literal["floor", "ceiling"]
+
+
+class Attack(Trial):
+    """An attack on the first of the places shown."""
+
+    about: str = ""
+    """One line on how it was set."""
+    controls: Sequence[Control] = ()
+
+
+class Made(_Model):
+    """What a report was made by and from, to make it again."""
+
+    command: Words
+    settings: Mapping[str, str | int | float] = Field(default_factory=dict)
+    """Device, dtype, scheduler, steps, guidance and whatever else was set."""
+    versions: Mapping[str, str] = Field(default_factory=dict)
+    hashes: Mapping[str, str] = Field(default_factory=dict)
+    """Of base, patch, answer set, evaluator."""
+
+
+class Report(_Model):
+    """All that the page of an evaluation is made from: schema 1.
+
+    Every place of `rows` has pictures that ask for the target and pictures that do not, and the base has a picture of every
+    prompt and seed that another method has, so that each rate stands beside the base's own on the same noise.
+    """
+
+    version: Literal[1] = Field(alias="schema")
+    """Of this schema; another meaning of a key is another version."""
+    title: Words
+    base: Words
+    """Name of the base model."""
+    target: Target
+    evaluator: Words
+    """Name and version of what judged the pictures."""
+    methods: Sequence[Method]
+    """In the order in which they are listed; exactly one is the base."""
+    shown: Sequence[Place] = Field(min_length=1, max_length=12)
+    """The places that have columns beside the base's; the first is what the page is about, and what is attacked."""
+    rows: Sequence[Row]
+    attacks: Sequence[Attack] = ()
+    limits: Sequence[str] = ()
+    """What this evaluation does not show, beyond what holds for all."""
+    made: Made
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Report:
+        known = [m.name for m in self.methods]
+        if len(set(known)) < len(known):
+            raise ValueError("methods: two have the same name")
+        if [m.role for m in self.methods].count("base") != 1:
+            raise ValueError("methods: exactly one must have the role base")
+        have = {(r.method, r.strength) for r in self.rows}
+        for i, place in enumerate(self.shown):
+            if (place.method, place.strength) not in have:
+                raise ValueError(f"shown.{i}: {place.method} at {place.strength:g} has no rows")
+        self._check_rows(known)
+        return self
+
+    def _check_rows(self, known: Sequence[str]) -> None:
+        bare = {(r.prompt, r.seed): (r.group, r.wanted) for r in self.rows if r.method == self.bare.name}
+        places: dict[tuple[str, float], set[bool]] = {}
+        cells = set()
+        for i, row in enumerate(self.rows):
+            asks = row.group == "target"
+            cell = (row.method, row.strength, row.prompt, row.seed)
+            if row.method not in known:
+                raise ValueError(f"rows.{i}: {row.method} is none of the methods")
+            if asks and row.wanted.get(self.target.kind) != self.target.label:
+                raise ValueError(f"rows.{i}: of the target's group, and does not want {self.target.label}")
+            if cell in cells:
+                raise ValueError(f"rows.{i}: a second picture of this method, strength, prompt and seed")
+            if cell[2:] not in bare:
+                raise ValueError(f"rows.{i}: the base has no picture of this prompt and seed")
+            if bare[cell[2:]] != (row.group, row.wanted):
+                raise ValueError(f"rows.{i}: the base's picture of this prompt and seed wants something else")
+            cells.add(cell)
+            places.setdefault(cell[:2], set()).add(asks)
+        if len({strength for method, strength in places if method == self.bare.name}) > 1:
+            raise ValueError(f"rows: {self.bare.name} is the base and has more than one strength")
+        for (method, strength), asked in places.items():
+            if len(asked) == 1:
+                what = "do not ask" if asked == {True} else "ask"
+                raise ValueError(f"rows: {method} at {strength:g} has no pictures that {what} for the target")
+
+    @property
+    def bare(self) -> Method:
+        """The method that is the base."""
+        return next(m for m in self.methods if m.role == "base")
+
+
+def make_report(values: Mapping[str, Any]) -> Report:
+    """The validated document.
+
+    Raises:
+        UserError: The first place where it is wrong, and how many there are.
+    """
+    try:
+        return Report.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors()
+    place = ".".join(map(str, problems[0]["loc"]))
+    told = problems[0]["msg"].removeprefix("Value error, ")
+    more = f" (the first of {len(problems)} problems)" if len(problems) > 1 else ""
+    raise UserError(f"report: {f'{place}: ' if place else ''}{told}{more}")
+
+
+# ---- what is counted ---------------------------------------------------------------------------------------------
+
+
+Asked = Callable[[Row], bool]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one strength: N pictures, and the base's of the same prompts and seeds."""
+
+    method: Method
+    strength: float
+    target: Target
+    rows: Sequence[Row]
+    bare: Sequence[Row]
+
+    @property
+    def key(self) -> str:
+        """Such as `patch@0.5`."""
+        return f"{self.method.name}@{self.strength:g}"
+
+    @property
+    def label(self) -> str:
+        """Its strength in words, such as `weight 0.5` or the name of a preset."""
+        plain = f"{self.method.knob} {self.strength:g}" if self.method.knob else ""
+        return self.method.labels.get(self.strength, plain)
+
+    def share(self, of: Asked, hit: Asked) -> Rate:
+        """How many of some pictures are hits, beside the base's of the same prompts and seeds."""
+        pairs = [(row, bare) for row, bare in zip(self.rows, self.bare, strict=True) if of(row)]
+        return rate([hit(row) for row, _ in pairs], [hit(bare) for _, bare in pairs])
+
+    def share_if_any(self, of: Asked, hit: Asked) -> Rate | None:
+        """The same; None where there are no such pictures."""
+        return self.share(of, hit) if any(map(of, self.rows)) else None
+
+    @property
+    def erased(self) -> Rate:
+        """UA: of pictures that ask for the target, those in which it is not seen."""
+        kind, label = self.target.kind, self.target.label
+        return self.share(_asks, lambda r: r.seen[kind] != label)
+
+    @property
+    def kept(self) -> Rate:
+        """Of pictures that do not ask for the target, those that show all that they ask for."""
+        return self.share(lambda r: not _asks(r), lambda r: _right(r, r.wanted))
+
+    @property
+    def ira(self) -> Rate | None:
+        """IRA: of pictures that ask for others of the target's kind, those that show it."""
+        kind = self.target.kind
+        return self.share_if_any(lambda r: not _asks(r) and kind in r.wanted, lambda r: _right(r, [kind]))
+
+    @property
+    def cra(self) -> Rate | None:
+        """CRA: of all pictures, every prompt as often, those that are right in the other kinds."""
+        turn: Counter[str] = Counter()
+        turns = {}
+        for r in self.rows:
+            turns[r.prompt, r.seed] = turn[r.prompt]
+            turn[r.prompt] += 1
+        least = min(turn.values())
+        return self.share_if_any(
+            lambda r: bool(self._others(r)) and turns[r.prompt, r.seed] < least, lambda r: _right(r, self._others(r))
+        )
+
+    @property
+    def at_target(self) -> Rate | None:
+        """Of pictures that ask for the target, those that are right in the other kinds."""
+        return self.share_if_any(lambda r: _asks(r) and bool(self._others(r)), lambda r: _right(r, self._others(r)))
+
+    def _others(self, row: Row) -> list[str]:
+        return [k for k in row.wanted if k != self.target.kind]
+
+    @property
+    def instead(self) -> Counter[str]:
+        """What is seen in the pictures that ask for the target, and how often."""
+        return Counter(r.seen[self.target.kind] for r in self.rows if _asks(r))
+
+
+def _asks(row: Row) -> bool:
+    return row.group == "target"
+
+
+def _right(row: Row, kinds: Sequence[str] | Mapping[str, str]) -> bool:
+    return all(row.seen[k] == row.wanted[k] for k in kinds)
+
+
+def points_of(report: Report) -> list[Point]:
+    """Every method at every strength, in the order of the methods and by strength."""
+    bare = {(r.prompt, r.seed): r for r in report.rows if r.method == report.bare.name}
+    rows: dict[tuple[str, float], list[Row]] = {}
+    for row in report.rows:
+        rows.setdefault((row.method, row.strength), []).append(row)
+    return [
+        Point(method, strength, report.target, some, [bare[r.prompt, r.seed] for r in some])
+        for method in report.methods
+        for (name, strength), some in sorted(rows.items(), key=lambda item: item[0][1])
+        if name == method.name
+    ]
+
+
+@dataclass(frozen=True)
+class Concept:
+    """How often one concept is seen where it is asked for, with each of some points."""
+
+    kind: str
+    label: str
+    group: Group
+    rates: Sequence[Rate | None]
+
+    @property
+    def retained(self) -> float:
+        """The second point's rate over the base's; a concept that the base itself never draws has lost nothing."""
+        found = self.rates[1]
+        return 1.0 if found is None or found.retained is None else found.retained
+
+
+def concepts_of(points: Sequence[Point]) -> list[Concept]:
+    """Every concept that the second point's pictures ask for: the target, then neighbours, then all others.
+
+    Pictures that ask for the target count for the target alone.
+
+    Args:
+        points: The base's, the one that the page is about, and any others.
+    """
+    groups: dict[tuple[str, str, bool], Group] = {}
+    target = points[1].target
+    for row in points[1].rows:
+        for kind, label in row.wanted.items():
+            if not _asks(row):
+                near = row.group == "neighbour" and kind == target.kind
+                groups[kind, label, False] = "neighbour" if near else groups.get((kind, label, False), "unrelated")
+            elif (kind, label) == (target.kind, target.label):
+                groups[kind, label, True] = "target"
+
+    def found(kind: str, label: str, asked: bool) -> list[Rate | None]:
+        return [
+            p.share_if_any(lambda r: _asks(r) == asked and r.wanted.get(kind) == label, lambda r: _right(r, [kind]))
+            for p in points
+        ]
+
+    order = sorted(groups, key=lambda c: (list(PROMPTS).index(groups[c]), c[0] != target.kind))
+    return [Concept(kind, label, groups[kind, label, own], found(kind, label, own)) for kind, label, own in order]
+
+
+def entropy(counts: Mapping[str, int]) -> float:
+    """Of what is seen, in bits: 0 where it is always the same."""
+    total = sum(counts.values())
+    return max(0.0, -sum(k / total * math.log2(k / total) for k in counts.values()))
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def write_page(report: Mapping[str, Any], path: Path) -> Path:
+    """The page, written as one self-contained HTML file; the pictures that it shows are read from its folder.
+
+    Args:
+        report: A `Report` as plain JSON values.
+        path: Of the page.
+
+    Raises:
+        UserError: The document is wrong, or a picture that it names cannot be read.
+        OutputError: The place cannot be written to.
+    """
+    document = make_report(report)
+    points = points_of(document)
+    places = {(p.method.name, p.strength): p for p in points}
+    bare = next(p for p in points if p.method.role == "base")
+    columns = [bare, *(places[place.method, place.strength] for place in document.shown)]
+    concepts = concepts_of(columns)
+    kept = sorted((c for c in concepts if c.group != "target"), key=lambda c: c.retained)
+    attacks = [tried(document, attack) for attack in document.attacks]
+    pictures = pictures_of(columns, path.parent)
+    page = render(
+        "report.html",
+        report=document,
+        points=points,
+        bare=bare,
+        subject=columns[1],
+        columns=columns,
+        concepts=concepts,
+        worst=kept[:3],
+        attacks=attacks,
+        strongest=max(attacks, key=lambda a: a.found.value, default=None),
+        lowest=math.floor(10 * min(0.9, *(p.kept.value for p in points if p.method.role != "control"))) / 10,
+        entropy=entropy,
+        pictures=pictures,
+        blurred=any(row.nsfw for part in pictures for _, strip in part.prompts for row, _ in strip),
+    )
+    write_file(path, page)
+    return path
+
+
+@dataclass(frozen=True)
+class Found:
+    """How often an attack or a control found the concept, and what it is compared with."""
+
+    trial: Trial
+    found: Rate
+    controls: Sequence[Found]
+
+    @property
+    def floor(self) -> Found | None:
+        """The highest of its floors."""
+        floors = [c for c in self.controls if isinstance(c.trial, Control) and c.trial.role == "floor"]
+        return max(floors, key=lambda c: c.found.value, default=None)
+
+
+def tried(report: Report, trial: Trial) -> Found:
+    """An attack or control with its rate, and those of its controls."""
+    controls = trial.controls if isinstance(trial, Attack) else ()
+    hits = [row.seen == report.target.label for row in trial.rows]
+    return Found(trial, rate(hits), [tried(report, c) for c in controls])
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Prompts of one group, evenly spread over those that there are, and for each its pictures in all columns."""
+
+    group: Group
+    total: int
+    stride: int
+    prompts: Sequence[tuple[Row, Sequence[tuple[Row, str]]]]
+
+
+def pictures_of(columns: Sequence[Point], folder: Path) -> list[Shown]:
+    """The pictures to look at: of each group every k-th prompt, and of a prompt the first seed that all columns have.
+
+    Raises:
+        UserError: A picture cannot be read, or lies outside the folder.
+    """
+    have = [{(r.prompt, r.seed): (r, r.picture) for r in p.rows if r.picture} for p in columns]
+    firsts: dict[Group, dict[str, int]] = {group: {} for group in PROMPTS}
+    for row in columns[0].rows:
+        if all((row.prompt, row.seed) in h for h in have):
+            firsts[row.group].setdefault(row.prompt, row.seed)
+    parts = []
+    for group, cells in firsts.items():
+        stride = max(1, len(cells) // PROMPTS[group])
+        chosen = list(cells.items())[::stride][: PROMPTS[group]]
+        strips = [[(row, _thumb(folder, name)) for row, name in (h[c] for h in have)] for c in chosen]
+        parts.append(Shown(group, len(cells), stride, [(s[0][0], s) for s in strips]))
+    return [p for p in parts if p.prompts]
+
+
+def _thumb(folder: Path, name: str) -> str:
+    """A picture of the folder as a small `data:` URI.
+
+    Raises:
+        UserError: It cannot be read, or lies outside the folder.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"report: picture {name}: outside the folder of the page, {folder}")
+    try:
+        with Image.open(path) as picture:
+            return data_uri(picture, side=THUMB, quality=75)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"report: picture {name}: no picture that can be read in {folder}") from error
+
+
+def data_uri(picture: Image.Image, *, side: int, quality: int) -> str:
+    """A picture as WebP in a `data:` URI, no larger than `side` pixels, on white, without anything but its pixels."""
+    flat = Image.new("RGBA", picture.size, "white")  # a new one has none of the metadata, which may tell who made it
+    flat.alpha_composite(picture.convert("RGBA"))
+    flat.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    flat.convert("RGB").save(buffer, format="WEBP", quality=quality)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def render(template: str, **values: Any) -> bytes:
+    """A template as an HTML file; the values are escaped, so that a prompt is text whatever is written in it."""
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values).encode()
