@@ -291,9 +291,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
 @app.command("eval")
 def evaluate(
     base: Annotated[str, typer.Option(help="emoji: the evaluators know its objects and styles.")],
-    patch: Annotated[
-        list[str], typer.Option("--patch", help="A patch's folder, file or Hub id; repeat for several.")
-    ],
+    patch: Annotated[list[str], typer.Option("--patch", help="A patch's folder, file or Hub id; repeat for several.")],
     target_seeds: Annotated[
         int | None, typer.Option(min=1, help="Pictures of each cell of the erased concept. Default: 200 in all.")
     ] = None,

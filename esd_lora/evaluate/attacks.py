@@ -1,0 +1,976 @@
+"""Can an erased concept be brought back? Attacks on a base whose patch is attached or merged, and their controls.
+
+    paraphrase         other words: synonyms, misspellings, translations
+    ring_a_bell        the concept's direction added to the embeddings of the prompts
+    completion         the unerased model draws the first k steps, the erased one the others
+    inversion          soft words are trained until the erased model denoises pictures of the concept with them
+    prefix_search      words before the prompt are searched for by gradient
+    relearning         a fresh adapter, or all weights, are trained on pictures
+    scaling            the patch at weights from 0 to 1: it is a switch where it is attached
+    unmerging          the patch at −1 on a base that it is merged into
+
+    seed_search        control: other noise, as many pictures
+    random_words       control: words at random
+    random_embeddings  control: embeddings at random
+
+The unerased base is the ceiling, and one that never knew the concept the zero line: call the same functions with them. No
+attack asks the evaluator that it is measured by; what tells one when to stop is given by the caller.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from esd_lora.bases.base import Base, Condition
+from esd_lora.bases.stable_diffusion import UNetBase
+from esd_lora.compose import attach
+from esd_lora.errors import BaseModelError, PatchError, RecipeError, TrainingError
+from esd_lora.evaluate.drift import latents_of
+from esd_lora.keys import words_of
+from esd_lora.patch import Patch
+from esd_lora.pictures import Pictures, generate
+from esd_lora.recipe import Layers
+
+BLANK = "{}"
+"""Where a prompt leaves room for the words of an attack."""
+
+Sees = Callable[[Pictures], Sequence[bool]]
+"""Whether the concept is in each of some pictures."""
+
+OnStep = Callable[[int, int], None]
+"""Called with the number of steps done and their total."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures to draw: a prompt and a seed for each, and how the pipeline samples them.
+
+    An attack is measured by prompts and seeds that it was not trained on.
+
+    Raises:
+        RecipeError: There are no prompts, or not as many seeds.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    steps: int = 20
+    guidance_scale: float = 7.5
+    resolution: int | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        _check_pairs("drawing", "seeds", self.prompts, self.seeds)
+        _check_positive(steps=self.steps, batch_size=self.batch_size)
+
+    def asking(self, words: str) -> Drawing:
+        """The same with these words in the blank of every prompt.
+
+        Raises:
+            RecipeError: A prompt has no blank.
+        """
+        return replace(self, prompts=_filled(self.prompts, words))
+
+    def draw(self, base: Base) -> Pictures:
+        """The pictures, by the base as it is.
+
+        Raises:
+            RecipeError: A prompt has its blank still.
+        """
+        return generate(
+            base,
+            _plain(self.prompts),
+            self.seeds,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            resolution=self.resolution,
+            batch_size=self.batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What an attacker trains on: pictures, and a prompt for each. Those of an erased concept are the unerased base's.
+
+    Raises:
+        RecipeError: There are no prompts, or not as many pictures.
+    """
+
+    prompts: Sequence[str]
+    pictures: Pictures
+
+    def __post_init__(self) -> None:
+        _check_pairs("examples", "pictures", self.prompts, self.pictures)
+
+    def asking(self, words: str) -> Examples:
+        """The same with these words in the blank of every prompt.
+
+        Raises:
+            RecipeError: A prompt has no blank.
+        """
+        return replace(self, prompts=_filled(self.prompts, words))
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an attacker trains: AdamW without decay, random examples, timesteps and noise in every step.
+
+    Raises:
+        RecipeError: A number is not above 0.
+    """
+
+    steps: int
+    batch_size: int = 8
+    lr: float = 2e-2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive(steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When to stop training: once the concept is seen in a share of the pictures of a drawing, which is looked at now and then.
+
+    Args:
+        sees: Not the evaluator that the attack is measured by.
+        drawing: What it is shown, 16 pictures or so; not the drawing that the attack is measured by. Its prompts have a blank
+            where those of the attack's examples have one.
+        every: Steps between looks; the first look is before any step.
+        share: Of the pictures, above 0 and at most 1.
+
+    Raises:
+        RecipeError: `every` is below 1, or the share not within its bounds.
+    """
+
+    sees: Sees
+    drawing: Drawing
+    every: int = 50
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_positive(every=self.every)
+        if not 0 < self.share <= 1:
+            raise RecipeError(f"share: must be above 0 and at most 1, got {self.share}")
+
+    def reached(self, base: Base) -> bool:
+        """Whether the concept is back."""
+        return sum(self.sees(self.drawing.draw(base))) >= self.share * len(self.drawing.prompts)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What an attack has drawn, in the order of its drawing, and what that cost.
+
+    passes: latents through the denoiser, a backward pass counted as two; seconds: by the wall clock, looks included; details:
+    plain JSON values.
+    """
+
+    name: str
+    pictures: Pictures
+    passes: int
+    seconds: float
+    details: Mapping[str, Any]
+
+
+def _check_pairs(what: str, others: str, prompts: Sequence[str], with_each: Sequence[Any]) -> None:
+    if not prompts or len(prompts) != len(with_each):
+        raise RecipeError(f"{what}: needs prompts and as many {others}, got {len(prompts)} and {len(with_each)}")
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value > 0:
+            raise RecipeError(f"{name}: must be above 0, got {value}")
+
+
+def _check_attached(base: Base, remedy: str) -> None:
+    if not any(isinstance(m, BaseTunerLayer) for m in base.denoiser.modules()):
+        raise PatchError(f"no patch is attached to {base.name}; {remedy}")
+
+
+def _filled(prompts: Sequence[str], words: str) -> list[str]:
+    """The prompts with these words in their blank."""
+    without = [p for p in prompts if BLANK not in p]
+    if without:
+        raise RecipeError(f"{without[0]!r}: needs a {BLANK} where the words of the attack go")
+    return [p.replace(BLANK, words) for p in prompts]
+
+
+def _plain(prompts: Sequence[str]) -> Sequence[str]:
+    """The prompts, none of which has a blank."""
+    blank = [p for p in prompts if BLANK in p]
+    if blank:
+        raise RecipeError(f"{blank[0]!r}: has a blank; fill it with asking(words)")
+    return prompts
+
+
+class _Meter:
+    """Passes so far, and the time when they began."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self.started = time.perf_counter()
+
+    def count(self, _module: nn.Module, _args: Any, out: Any) -> None:
+        """A hook on a denoiser."""
+        self.passes += len(out[0]) * (3 if out[0].requires_grad else 1)
+
+    def attack(self, name: str, pictures: Pictures, **details: Any) -> Attack:
+        """The attack that has cost so much."""
+        return Attack(name, pictures, self.passes, time.perf_counter() - self.started, details)
+
+
+@contextmanager
+def _metered(*denoisers: nn.Module) -> Iterator[_Meter]:
+    """Inside, the passes of the denoisers are counted."""
+    meter = _Meter()
+    handles = [d.register_forward_hook(meter.count) for d in denoisers]
+    try:
+        yield meter
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drawn(name: str, base: Base, drawing: Drawing, **details: Any) -> Attack:
+    """An attack that is nothing but prompts, or a state of the base."""
+    with _metered(base.denoiser) as meter:
+        return meter.attack(name, drawing.draw(base), **details)
+
+
+# ---- other words --------------------------------------------------------------------------------------------
+
+
+def paraphrase(base: Base, drawing: Drawing, forms: Sequence[str]) -> list[Attack]:
+    """The concept asked for in other words, one attack for each form.
+
+    Args:
+        base: The erased model.
+        drawing: With a blank for the words.
+        forms: Synonyms, misspellings, translations. The concept's own name gives the rate without an attack.
+
+    Raises:
+        RecipeError: A prompt has no blank.
+    """
+    return [_drawn("paraphrase", base, drawing.asking(form), form=form) for form in forms]
+
+
+def seed_search(base: Base, drawing: Drawing, *, tries: int = 1, seed: int = 0) -> Attack:
+    """Control: no attack, but `tries` pictures of every prompt; all prompts once, then all a second time.
+
+    Args:
+        base: The erased model.
+        drawing: The first try has its seeds.
+        tries: As many as the attack may draw of a prompt, which for `prefix_search` are its times.
+        seed: Of the seeds of the other tries.
+
+    Raises:
+        RecipeError: A prompt has its blank still, or there are no tries.
+    """
+    _check_positive(tries=tries)
+    chance = random.Random(seed)
+    others = [chance.getrandbits(62) for _ in range(len(drawing.prompts) * (tries - 1))]
+    again = replace(drawing, prompts=[*drawing.prompts] * tries, seeds=[*drawing.seeds, *others])
+    return _drawn("seed search", base, again, tries=tries)
+
+
+def random_words(
+    base: Base, drawing: Drawing, *, tokens: int = 4, without: Collection[str] = (), seed: int = 0
+) -> Attack:
+    """Control: words at random in the blank of every prompt, others in each.
+
+    It is the control of `inversion` and, with prompts such as "{} a cat", of `prefix_search`.
+
+    Args:
+        base: The erased model.
+        drawing: With a blank for the words.
+        tokens: How many words, of one token each.
+        without: Words that are not drawn, such as the concept's own.
+        seed: Of the choice.
+
+    Raises:
+        RecipeError: A prompt has no blank, or there are not so many words.
+        BaseModelError: The base is no Stable Diffusion 1, 2 or XL.
+    """
+    words = [w for w in vocabulary_of(base).words if w not in without]
+    _check_tokens(tokens, words)
+    chance = random.Random(seed)
+    chosen = [" ".join(chance.sample(words, tokens)) for _ in drawing.prompts]
+    prompts = [_filled([p], w)[0] for p, w in zip(drawing.prompts, chosen, strict=True)]
+    return _drawn("random words", base, replace(drawing, prompts=prompts), words=chosen)
+
+
+# ---- other embeddings, and another denoiser at first ----------------------------------------------------------
+
+EMBEDS: Mapping[str, str] = {
+    "encoder_hidden_states": "prompt_embeds",
+    "text_embeds": "pooled_prompt_embeds",
+    "pooled_projections": "pooled_prompt_embeds",
+}
+"""The tensors of a condition that are made of words → the arguments of pipelines."""
+
+
+@torch.no_grad()
+def ring_a_bell(
+    base: Base, drawing: Drawing, *, pairs: Sequence[tuple[str, str]], etas: Sequence[float] = (0.5, 1.0, 2.0, 3.0)
+) -> list[Attack]:
+    """Prompts with the concept's direction added to their embeddings, one attack for each η.
+
+        τ(p) + η · mean_i (τ(with_i) − τ(without_i))
+
+    Ring-A-Bell (Tsai et al. 2023, arXiv:2310.10012) then searches for words of this embedding; here it is the condition
+    itself, as where RECE (Gong et al. 2024, arXiv:2407.12383) tests it, with η = 3 for nudity and 0.9 for a style.
+
+    Args:
+        base: The erased model.
+        drawing: The prompts p.
+        pairs: The same prompts with the concept and without it.
+        etas: η; 0 is the prompt itself.
+
+    Raises:
+        RecipeError: There are no pairs, or a prompt has its blank still.
+    """
+    if not pairs:
+        raise RecipeError("pairs: needs at least one prompt with the concept and one without it")
+    having, lacking = (base.encode(side) for side in zip(*pairs, strict=True))
+    direction = {k: (v - lacking.tensors[k]).mean(0) for k, v in having.tensors.items()}
+    attacks = []
+    for eta in etas:
+        move = {k: eta * v for k, v in direction.items()}
+        with _metered(base.denoiser) as meter:
+            attacks.append(meter.attack("soft ring-a-bell", _draw_encoded(base, drawing, move=move), eta=eta))
+    return attacks
+
+
+@torch.no_grad()
+def completion(base: Base, drawing: Drawing, *, ks: Sequence[int], unerased: Base | None = None) -> list[Attack]:
+    """Pictures whose first k steps are the unerased model's and the others the erased one's, one attack for each k.
+
+    The diffusion completion of "When Are Concepts Erased From Diffusion Models?" (NeurIPS 2025, arXiv:2505.17013).
+
+    Args:
+        base: The erased model.
+        drawing: Prompts with the concept.
+        ks: From 0, the erased model alone, to all steps, the unerased one alone. A step is a call of the scheduler, which
+            some schedulers take more often than they are asked to.
+        unerased: The base that the patch was merged into; None where it is attached, to take the adapters off.
+
+    Raises:
+        RecipeError: A k is out of bounds, or a prompt has its blank still.
+        PatchError: There is neither an attached patch nor an unerased base.
+        BaseModelError: The unerased base is of another family.
+    """
+    bad = [k for k in ks if not 0 <= k <= drawing.steps]
+    if bad:
+        raise RecipeError(f"ks: must be from 0 to the {drawing.steps} steps of the drawing, got {bad[0]}")
+    if unerased is None:
+        _check_attached(base, "for one that is merged, give the base without it as `unerased`")
+    elif type(unerased) is not type(base):
+        raise BaseModelError(f"{unerased.name} is {unerased.family}, and {base.name} is {base.family}")
+    denoisers = [base.denoiser] if unerased is None else [base.denoiser, unerased.denoiser]
+    first = base.teacher if unerased is None else partial(_denoised_by, unerased, base)
+    attacks = []
+    for k in ks:
+        with _metered(*denoisers) as meter:
+            pictures = _draw_encoded(base, drawing, first=first, k=k)
+            attacks.append(meter.attack("completion", pictures, k=k, steps=drawing.steps))
+    return attacks
+
+
+@contextmanager
+def _denoised_by(other: Base, base: Base) -> Iterator[None]:
+    """Inside, the base's pipeline has the denoiser of the other one."""
+    own = base.denoiser
+    setattr(base.pipe, base.prefix, other.denoiser.to(base.device))
+    try:
+        yield
+    finally:
+        setattr(base.pipe, base.prefix, own)
+
+
+def _draw_encoded(
+    base: Base,
+    drawing: Drawing,
+    *,
+    move: Mapping[str, Tensor] | None = None,
+    first: Callable[[], AbstractContextManager[None]] | None = None,
+    k: int = 0,
+) -> Pictures:
+    """The pictures of `Drawing.draw` from embeddings: moved, and with the first k steps inside a context."""
+    prompts = _plain(drawing.prompts)
+    base.pipe.to(base.device)
+    pictures: Pictures = []
+    for start in range(0, len(prompts), drawing.batch_size):
+        some = slice(start, start + drawing.batch_size)
+        plain = base.encode(prompts[some]).tensors
+        embeds = {EMBEDS[n]: v if move is None else v + move[n] for n, v in plain.items() if n in EMBEDS}
+        with ExitStack() as early:
+            if first and k:
+                early.enter_context(first())
+            out = base.pipe(
+                **embeds,
+                latents=base.packed(base.noise(drawing.seeds[some], resolution=drawing.resolution)),
+                height=drawing.resolution,
+                width=drawing.resolution,
+                num_inference_steps=drawing.steps,
+                guidance_scale=drawing.guidance_scale,
+                callback_on_step_end=partial(_leave, early, k),
+            )
+        pictures += out.images
+    return pictures
+
+
+def _leave(early: ExitStack, k: int, _pipe: Any, i: int, _t: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline's callback, which leaves what was entered for the first k steps."""
+    if i + 1 == k:
+        early.close()
+    return values
+
+
+# ---- the patch as a switch ------------------------------------------------------------------------------------
+
+
+def scaling(base: Base, drawing: Drawing, *, weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> list[Attack]:
+    """Pictures with the attached patches at other weights, W + w · Σ_i w_i B_i A_i, one attack for each w.
+
+    Args:
+        base: The erased model, its patch attached.
+        drawing: Prompts with the concept.
+        weights: w; 0 is the unerased base, bit for bit.
+
+    Raises:
+        PatchError: No patch is attached, or a weight is not a number.
+        RecipeError: A prompt has its blank still.
+    """
+    _check_attached(base, "for one that is merged there is `unmerging`")
+    bad = [w for w in weights if not math.isfinite(w)]
+    if bad:
+        raise PatchError(f"a weight must be a finite number, got {bad[0]}")
+    attacks = []
+    for weight in weights:
+        with rescale_adapter_scale(base.denoiser, float(weight)):
+            attacks.append(_drawn("scaling", base, drawing, weight=weight))
+    return attacks
+
+
+def unmerging(base: Base, drawing: Drawing, patches: Sequence[Patch], weights: Sequence[float] | None = None) -> Attack:
+    """Pictures of a merged base with its patches taken away again, cast(W + Σ_i w_i B_i A_i) − Σ_i w_i B_i A_i.
+
+    Of a base merged in float32 this is W to a rounding of float32; merged in half precision, to one of that.
+
+    Args:
+        base: The merged model, bare, as it is again afterwards.
+        drawing: Prompts with the concept.
+        patches: Those in its weights.
+        weights: With which they were merged; 1 by default.
+
+    Raises:
+        PatchError: A patch is attached or does not fit, or a weight is not a number.
+        RecipeError: A prompt has its blank still.
+    """
+    if any(isinstance(m, BaseTunerLayer) for m in base.denoiser.modules()):
+        raise PatchError(
+            f"a patch is attached to {base.name}; unmerging takes a bare base with the patch in its weights"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the patch was made for")  # merged weights do differ
+            attach(base, patches, [-w for w in weights or [1.0] * len(patches)])
+        return _drawn("unmerging", base, drawing)
+    finally:
+        base.remove_adapters()
+
+
+# ---- training to denoise ------------------------------------------------------------------------------------
+
+
+def _schedule(base: Base) -> Any:
+    """A scheduler with every timestep that the base was trained on: DDPM's of the same noise, or the base's own of a flow."""
+    own = base.scheduler
+    return own if hasattr(own, "scale_noise") else DDPMScheduler.from_config(own.config)
+
+
+def noised(schedule: Any, z: Tensor, i: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a denoiser is trained on: x_t (B, C, H, W), t (B,), and what it shall predict, (B, C, H, W).
+
+        diffusion    x_t = √ᾱ_t z + √(1 − ᾱ_t) ε        ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) z
+        flow         x_t = (1 − σ) z + σ ε              ε − z
+
+    Args:
+        schedule: With all training timesteps set.
+        z: Latents (B, C, H, W).
+        i: Numbers of training timesteps (B,), from 0; a diffusion's begin at the least noise and a flow's at the most.
+        noise: ε, (B, C, H, W).
+    """
+    if hasattr(schedule, "scale_noise"):
+        t = schedule.timesteps.to(z.device)[i]
+        return schedule.scale_noise(z, t, noise), t, noise - z
+    v = schedule.config.prediction_type == "v_prediction"
+    return schedule.add_noise(z, noise, i), i, schedule.get_velocity(z, noise, i) if v else noise
+
+
+def _denoising_loss(base: Base, condition: Condition, schedule: Any, z: Tensor, i: Tensor, noise: Tensor) -> Tensor:
+    x_t, t, target = noised(schedule, z, i.to(z.device), noise.to(z.device))
+    return F.mse_loss(base.predict(x_t.to(base.dtype), t, condition).float(), target)
+
+
+@torch.enable_grad()
+def _fit(
+    base: Base,
+    z: Tensor,
+    condition_of: Callable[[Tensor], Condition],
+    parameters: Iterable[Tensor],
+    training: Training,
+    *,
+    stop: Stop | None,
+    on_step: OnStep | None,
+) -> dict[str, Any]:
+    """Train the parameters to denoise z under the conditions of its rows: steps done, whether the concept is back, losses."""
+    optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=0.0)
+    generator, schedule = torch.Generator().manual_seed(training.seed), _schedule(base)
+    losses: list[float] = []
+    back = stop is not None and stop.reached(base)
+    while not back and len(losses) < training.steps:
+        rows = torch.randint(len(z), (training.batch_size,), generator=generator)
+        i = torch.randint(schedule.config.num_train_timesteps, (training.batch_size,), generator=generator)
+        noise = torch.randn(len(rows), *z.shape[1:], generator=generator)
+        loss = _denoising_loss(base, condition_of(rows), schedule, z[rows], i, noise)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise TrainingError(f"the loss was {losses[-1]} at step {len(losses)}: try a lower lr than {training.lr:g}")
+        if on_step:
+            on_step(len(losses), training.steps)
+        if stop and len(losses) % stop.every == 0:
+            back = stop.reached(base)
+    return {"steps": len(losses), "back": back, "losses": losses}
+
+
+# ---- relearning ---------------------------------------------------------------------------------------------
+
+RELEARNED = "relearned"
+"""The name of the attacker's adapter."""
+
+RELEARN = Training(steps=200, lr=1e-3)
+
+
+def relearning(
+    base: Base,
+    examples: Examples,
+    drawing: Drawing,
+    *,
+    stop: Stop,
+    rank: int | None = 4,
+    layers: Layers = "full",
+    training: Training = RELEARN,
+    on_step: OnStep | None = None,
+) -> Attack:
+    """The erased model fine-tuned until the concept is back: `details` say after how many steps, and whether it is.
+
+    Adversarial with pictures of the concept, benign with pictures of anything else (Suriyakumar et al. 2024,
+    arXiv:2410.08074). The loss is the plain denoising one; an attached patch stays on and as it is.
+
+    Args:
+        base: The erased model, as it is again afterwards.
+        examples: Pictures with their prompts.
+        drawing: Prompts with the concept.
+        stop: Sees whether the concept is back; its first look, before any step, may find it never gone.
+        rank: Of a fresh adapter beside what is attached; None trains all weights of the denoiser instead.
+        layers: That the adapter is on.
+        training: Its steps at most; all weights of a large model want a rate of some 1e-5.
+        on_step: Called after each step.
+
+    Raises:
+        RecipeError: The rank is out of bounds, a prompt has its blank still, or all weights are not in float32.
+        BaseModelError: The base has no such layers.
+        TrainingError: The loss is no longer a number.
+    """
+    prompts, seed = _plain(examples.prompts), training.seed
+    trained = _all_weights(base) if rank is None else _second_adapter(base, layers=layers, rank=rank, seed=seed)
+    base.pipe.to(base.device)
+    with _metered(base.denoiser) as meter, trained as parameters:
+        z, conditions = latents_of(base, examples.pictures), base.encode(prompts, resolution=drawing.resolution)
+        told = _fit(base, z, conditions.__getitem__, parameters, training, stop=stop, on_step=on_step)
+        return meter.attack("relearning", drawing.draw(base), rank=rank, **told)
+
+
+@contextmanager
+def _second_adapter(base: Base, *, layers: Layers, rank: int, seed: int) -> Iterator[list[nn.Parameter]]:
+    """Inside, a fresh adapter is active beside what was, and alone trainable: its parameters."""
+    _check_positive(rank=rank)
+    before = {m: m.active_adapters for m in base.denoiser.modules() if isinstance(m, BaseTunerLayer)}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
+        torch.default_generator.manual_seed(seed)  # adapters are drawn on the CPU
+        base.add_adapter(layers=layers, rank=rank, name=RELEARNED)
+    try:
+        for module, active in before.items():
+            module.set_adapter([*active, RELEARNED])
+        base.denoiser.requires_grad_(False)
+        parameters = [p for n, p in base.denoiser.named_parameters() if f".{RELEARNED}." in n]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield parameters
+    finally:
+        if before:
+            base.denoiser.delete_adapters(RELEARNED)
+            base.denoiser.requires_grad_(False)  # which peft turns on for the adapters that are left
+        else:
+            base.remove_adapters()
+
+
+@contextmanager
+def _all_weights(base: Base) -> Iterator[list[nn.Parameter]]:
+    """Inside, the denoiser's own weights are trainable; afterwards they are what they were."""
+    if base.dtype != torch.float32:
+        raise RecipeError(
+            f"rank: training all weights instead of an adapter needs dtype fp32, and {base.name} is {base.dtype}"
+        )
+    weights = [p for n, p in base.denoiser.named_parameters() if "lora_" not in n]
+    before = [p.detach().to("cpu", copy=True) for p in weights]
+    try:
+        for parameter in weights:
+            parameter.requires_grad_(True)
+        yield weights
+    finally:
+        for parameter, value in zip(weights, before, strict=True):
+            parameter.requires_grad_(False).copy_(value)
+            parameter.grad = None
+
+
+# ---- soft words ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """V words that are one token each, with the token of each word and its embedding for every text encoder.
+
+    words: V; ids: (V,) each; embeddings: (V, D) each, float32, on the base's device.
+    """
+
+    words: list[str]
+    ids: tuple[Tensor, ...]
+    embeddings: tuple[Tensor, ...]
+
+
+def vocabulary_of(base: Base) -> Vocabulary:
+    """The whole words of letters that every tokenizer of the base takes as one token, and gives back.
+
+    Raises:
+        BaseModelError: The base is no Stable Diffusion 1, 2 or XL, or its tokenizer marks no whole words.
+    """
+    encoders = _encoders(base)
+    words = words_of(base)
+    kept = []
+    for tokenizer, _ in encoders:
+        known, ids = tokenizer.get_vocab(), tokenizer(words, add_special_tokens=False).input_ids
+        kept.append([i[0] if i == [known.get(f"{w}</w>")] else None for w, i in zip(words, ids, strict=True)])
+    rows = [r for r in range(len(words)) if all(ids[r] is not None for ids in kept)]
+    tokens = tuple(torch.tensor([ids[r] for r in rows], device=base.device) for ids in kept)
+    tables = [encoder.get_input_embeddings().weight.detach() for _, encoder in encoders]
+    return Vocabulary(
+        [words[r] for r in rows], tokens, tuple(t[i].float() for t, i in zip(tables, tokens, strict=True))
+    )
+
+
+def _encoders(base: Base) -> list[tuple[Any, Any]]:
+    """Tokenizers and text encoders, on the base's device."""
+    if not isinstance(base, UNetBase):
+        raise BaseModelError(
+            f"{base.name}: {base.family} does not read words by CLIP alone; this attack is for Stable Diffusion 1, 2 and XL"
+        )
+    base.call_encoders()
+    parts = base.pipe.components
+    return [(parts[f"tokenizer{n}"], parts[f"text_encoder{n}"]) for n in ("", "_2") if parts.get(f"text_encoder{n}")]
+
+
+@dataclass(frozen=True)
+class SoftWords:
+    """Some words of the vocabulary that stand for other embeddings wherever they follow one another.
+
+    words: K of them; ids: their tokens, (K,) for every text encoder; embeddings: what they stand for, (K, D) each.
+    """
+
+    words: str
+    ids: tuple[Tensor, ...]
+    embeddings: tuple[Tensor, ...]
+
+    @contextmanager
+    def active(self, base: Base) -> Iterator[None]:
+        """Inside, the base's text encoders read the words so; gradients reach the embeddings, weights are never changed."""
+        handles = [
+            encoder.get_input_embeddings().register_forward_hook(partial(_overwrite, ids, embeddings))
+            for (_, encoder), ids, embeddings in zip(_encoders(base), self.ids, self.embeddings, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _overwrite(run: Tensor, embeddings: Tensor, _module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+    """A hook on an encoder's input embeddings (B, L, D), which puts others where a run of tokens is."""
+    rows, first = _runs(args[0], run).nonzero(as_tuple=True)
+    places = first[:, None] + torch.arange(len(run), device=first.device)
+    out = out.clone()
+    out[rows[:, None], places] = embeddings.to(out.dtype)
+    return out
+
+
+def _runs(ids: Tensor, run: Tensor) -> Tensor:
+    """Where in ids (B, L) a run of K tokens starts, (B, L − K + 1)."""
+    return (ids.unfold(1, len(run), 1) == run.to(ids.device)).all(-1)
+
+
+def _stand_in(vocabulary: Vocabulary, tokens: int, *, beside: Sequence[str]) -> SoftWords:
+    """Words that none of some prompts has, with their own embeddings still."""
+    used = set(" ".join(beside).lower().split())
+    free = [i for i, word in enumerate(vocabulary.words) if word not in used]
+    _check_tokens(tokens, free)
+    some = free[-tokens:]
+    words = " ".join(vocabulary.words[i] for i in some)
+    return SoftWords(words, tuple(x[some] for x in vocabulary.ids), tuple(x[some] for x in vocabulary.embeddings))
+
+
+def _check_tokens(tokens: int, words: Sequence[Any]) -> None:
+    if not 1 <= tokens <= len(words):
+        raise RecipeError(f"tokens: must be from 1 to {len(words)}, the words of the vocabulary, got {tokens}")
+
+
+def _check_room(base: Base, soft: SoftWords, prompts: Sequence[str]) -> None:
+    """Nothing, if the text encoder reads all soft words in every prompt."""
+    limit: int = base.pipe.tokenizer.model_max_length
+    run = soft.ids[0].cpu()
+    for prompt, ids in zip(prompts, base.token_ids(prompts, length=limit), strict=True):
+        if len(run) > limit or not _runs(ids[None], run).any():
+            raise RecipeError(f"{prompt!r}: too long, only {limit} tokens are read; use fewer words, or fewer `tokens`")
+
+
+def _at_random(vocabulary: Vocabulary, tokens: int, *, beside: Sequence[str], seed: int) -> SoftWords:
+    """Words with embeddings drawn with the mean and the spread of the vocabulary's."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for table in vocabulary.embeddings:
+        unit = torch.randn(tokens, table.shape[1], generator=generator).to(table.device)
+        drawn.append(table.mean(0) + table.std(0) * unit)
+    return replace(_stand_in(vocabulary, tokens, beside=beside), embeddings=tuple(drawn))
+
+
+def random_embeddings(base: Base, drawing: Drawing, *, tokens: int = 4, seed: int = 0) -> Attack:
+    """Control: the soft words that `inversion` starts from, without training; the same in every prompt.
+
+    Args:
+        base: The erased model.
+        drawing: With a blank for the words.
+        tokens: K.
+        seed: Of the embeddings; another one draws others.
+
+    Raises:
+        RecipeError: A prompt has no blank or is too long, or the vocabulary has not so many words.
+        BaseModelError: The base is no Stable Diffusion 1, 2 or XL.
+    """
+    soft = _at_random(vocabulary_of(base), tokens, beside=drawing.prompts, seed=seed)
+    asked = drawing.asking(soft.words)
+    _check_room(base, soft, asked.prompts)
+    with soft.active(base):
+        return _drawn("random embeddings", base, asked, tokens=tokens)
+
+
+INVERT = Training(steps=250, lr=2e-2)
+
+
+def inversion(
+    base: Base,
+    examples: Examples,
+    drawing: Drawing,
+    *,
+    tokens: int = 4,
+    training: Training = INVERT,
+    stop: Stop | None = None,
+    on_step: OnStep | None = None,
+) -> Attack:
+    """Pictures asked for with K soft words, trained until the erased model denoises pictures of the concept with them.
+
+        min E ‖ε − ε_θ(x_t, t, τ("a photo of v_1 … v_K"))‖²        over the embeddings v_1 … v_K alone
+
+    Concept inversion (Pham et al. 2024, arXiv:2308.01508) has K = 1, 25 pictures and, in its code, 5,000 steps of batch 4 × 4
+    at a rate of 8e-2 from the embedding of a word like "art". Here the start is random, and the defaults are sized for the
+    embedded base; for large models 1,000 steps and more are usual.
+
+    Args:
+        base: The erased model; its weights are not changed.
+        examples: Pictures of the concept; the prompts have a blank for the soft words.
+        drawing: With a blank likewise.
+        tokens: K.
+        training: Its seed is the start's, too.
+        stop: Where training may end early; None takes all steps.
+        on_step: Called after each step.
+
+    Raises:
+        RecipeError: A prompt has no blank or is too long, or the vocabulary has not so many words.
+        BaseModelError: The base is no Stable Diffusion 1, 2 or XL.
+        TrainingError: The loss is no longer a number.
+    """
+    beside = [*examples.prompts, *drawing.prompts, *(stop.drawing.prompts if stop else ())]
+    soft = _at_random(vocabulary_of(base), tokens, beside=beside, seed=training.seed)
+    _check_room(base, soft, _filled(beside, soft.words))
+    prompts, asked = _filled(examples.prompts, soft.words), drawing.asking(soft.words)
+    stop = stop and replace(stop, drawing=stop.drawing.asking(soft.words))
+    base.pipe.to(base.device)
+    with _metered(base.denoiser) as meter, soft.active(base):
+        z, like = latents_of(base, examples.pictures), base.encode([""], resolution=drawing.resolution)
+
+        def condition_of(rows: Tensor) -> Condition:
+            return _encode(base, [prompts[r] for r in rows.tolist()], like)
+
+        trained = [e.requires_grad_() for e in soft.embeddings]
+        told = _fit(base, z, condition_of, trained, training, stop=stop, on_step=on_step)
+        return meter.attack("inversion", asked.draw(base), tokens=tokens, **told)
+
+
+def _encode(base: Base, prompts: Sequence[str], like: Condition) -> Condition:
+    """The condition of prompts with gradients, which `Base.encode` stops; all but the words is as in the condition of one."""
+    found = base.pipe.encode_prompt(
+        list(prompts), device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    tensors = {"encoder_hidden_states": found[0]}
+    if "text_embeds" in like.tensors:
+        tensors["text_embeds"] = found[2]
+    tensors = {k: v.to(base.device, base.dtype) for k, v in tensors.items()}
+    return Condition({**like.expand(len(prompts)).tensors, **tensors})
+
+
+# ---- words found by gradient ----------------------------------------------------------------------------------
+
+
+def prefix_search(
+    base: Base,
+    drawing: Drawing,
+    pictures: Pictures,
+    *,
+    sees: Sees,
+    tokens: int = 3,
+    times: int = 10,
+    steps: int = 20,
+    lr: float = 1e-2,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> Attack:
+    """Pictures of the prompts with K words before each, which make the erased model denoise a picture of the concept best.
+
+        min ‖ε − ε_θ(x_t, t, τ(words prompt))‖²        over the rows of P in the simplex of the vocabulary, (K, V)
+
+    UnlearnDiffAtk (Zhang et al. 2024, arXiv:2310.11868): a step draws words from P, takes the gradient at the words for that
+    at P, clamped to ±1, and projects each row of P on the simplex again. After the steps at each timestep the likeliest words
+    draw a picture, and the first in which the concept is seen ends the search. Their code has 50 timesteps of 40 steps, noise
+    without a seed and a weight decay of 0.1; ours is sized for the embedded base, has whole words for V, and no decay, which
+    over so few words drowns the gradient.
+
+    Args:
+        base: The erased model; its weights are not changed.
+        drawing: Prompts with the concept; each is searched for alone.
+        pictures: The unerased base's, of the same prompts and seeds.
+        sees: Whether a search has succeeded.
+        tokens: K, 3 in their code and 5 for nudity.
+        times: Timesteps, evenly spaced, and at most as many pictures of a prompt.
+        steps: At each timestep.
+        lr: Of Adam.
+        seed: Of the words drawn and of the noise.
+        on_step: Called after each prompt.
+
+    Returns:
+        The last picture of each prompt; `details` have the words, whether they succeeded, and the pictures drawn, by prompt.
+
+    Raises:
+        RecipeError: A number is out of bounds, a prompt has its blank still or is too long, or has no picture.
+        BaseModelError: The base is no Stable Diffusion 1, 2 or XL.
+    """
+    _check_positive(times=times, steps=steps, lr=lr)
+    _check_pairs("prefix_search", "pictures", _plain(drawing.prompts), pictures)
+    vocabulary = vocabulary_of(base)
+    stand_in = _stand_in(vocabulary, tokens, beside=drawing.prompts)
+    _check_room(base, stand_in, [f"{stand_in.words} {p}" for p in drawing.prompts])
+    base.pipe.to(base.device)
+    drawn: Pictures = []
+    details: dict[str, list[Any]] = {"words": [], "found": [], "tries": []}
+    with _metered(base.denoiser) as meter:
+        like = base.encode([""], resolution=drawing.resolution)
+        how: dict[str, Any] = {"times": times, "steps": steps, "lr": lr, "seed": seed}
+        for prompt, number, z in zip(drawing.prompts, drawing.seeds, latents_of(base, pictures), strict=True):
+            tried = []
+            for words in _likely_words(base, vocabulary, stand_in, prompt, z[None], like, **how):
+                picture = replace(drawing, prompts=[f"{words} {prompt}"], seeds=[number]).draw(base)
+                tried.append(words)
+                found = bool(sees(picture)[0])
+                if found:
+                    break
+            drawn += picture
+            for name, value in (("words", tried[-1]), ("found", found), ("tries", len(tried))):
+                details[name].append(value)
+            if on_step:
+                on_step(len(drawn), len(drawing.prompts))
+        return meter.attack("prefix search", drawn, **details)
+
+
+@torch.enable_grad()
+def _likely_words(
+    base: Base,
+    vocabulary: Vocabulary,
+    stand_in: SoftWords,
+    prompt: str,
+    z: Tensor,
+    like: Condition,
+    *,
+    times: int,
+    steps: int,
+    lr: float,
+    seed: int,
+) -> Iterator[str]:
+    """The likeliest words before one prompt, after the steps at each timestep."""
+    schedule, generator = _schedule(base), torch.Generator().manual_seed(seed)
+    size = len(vocabulary.words)
+    p = torch.full((len(stand_in.ids[0]), size), 1 / size, device=base.device)
+    optimizer = torch.optim.Adam([p], lr=lr)
+    for k in range(times):
+        i = torch.tensor([int((k + 0.5) / times * schedule.config.num_train_timesteps)])
+        for _ in range(steps):
+            chosen = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(p.device)
+            one_hot = F.one_hot(chosen, size).float().requires_grad_()
+            soft = replace(stand_in, embeddings=tuple(one_hot @ table for table in vocabulary.embeddings))
+            with soft.active(base):
+                condition = _encode(base, [f"{soft.words} {prompt}"], like)
+            loss = _denoising_loss(base, condition, schedule, z, i, torch.randn(z.shape, generator=generator))
+            (gradient,) = torch.autograd.grad(loss, one_hot)
+            p.grad = gradient.clamp(-1, 1)
+            optimizer.step()
+            p.copy_(on_simplex(p))
+        yield " ".join(vocabulary.words[w] for w in p.argmax(1).tolist())
+
+
+def on_simplex(p: Tensor) -> Tensor:
+    """The nearest rows that are not negative and sum to one, (K, V).
+
+    max(p − θ, 0)        with θ such that the sum is one (Duchi et al. 2008, figure 1)
+    """
+    ordered = p.sort(-1, descending=True).values
+    theta = (ordered.cumsum(-1) - 1) / torch.arange(1, p.shape[-1] + 1, device=p.device)
+    last = (ordered > theta).sum(-1, keepdim=True) - 1
+    return (p - theta.gather(-1, last)).clamp(min=0)
