@@ -141,13 +141,13 @@ class Recipe(BaseModel):
     guidance_scale: float = Field(
         3.0,
         ge=1,
-        description="Classifier-free guidance of the trajectories: 1 for turbo models, which have none. FLUX.1-dev and latent "
-        "consistency models are told it instead, in training too, so that what they predict is guided already and η counts "
-        "from there.",
+        description="Classifier-free guidance of the concepts' trajectories: 1 for turbo models, which have none. FLUX.1-dev "
+        "and latent consistency models are told it instead, in training too, so that what they predict is guided already and "
+        "η counts from there.",
     )
-    steps: int = Field(90, ge=1, description="Gradient steps.")
-    batch_size: int = Field(4, ge=1, description="Examples a step; as many preservation examples come on top.")
-    lr: float = Field(2e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
+    steps: int = Field(60, ge=1, description="Gradient steps.")
+    batch_size: int = Field(2, ge=1, description="Examples a step; as many preservation examples come on top.")
+    lr: float = Field(3e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule, by diffusers' names."
     )

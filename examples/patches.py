@@ -54,13 +54,15 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
     wanted = parser.parse_args()
     shipped = sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.glob("emoji/*.yaml"))
-    rows = []
-    for name in wanted.names or shipped:
-        folder = wanted.out / name
+    folders = {name: wanted.out / name for name in wanted.names or shipped}
+    for name, folder in folders.items():
         if not (folder / FILE_NAME).exists():
             esd_lora("train", name, "--out", str(folder), "--quiet")
-        if not load_patch(folder).info.get("scores"):
-            esd_lora("eval", "--base", "emoji", "--patch", str(folder), "--quiet")
+    unmeasured = [str(folder) for folder in folders.values() if not load_patch(folder).info.get("scores")]
+    if unmeasured:  # all at once, for they share the base's own pictures
+        esd_lora("eval", "--base", "emoji", *(a for folder in unmeasured for a in ("--patch", folder)), "--quiet")
+    rows = []
+    for name, folder in folders.items():
         esd_lora("card", str(folder), *([] if (folder / "images").exists() else ["--base", "emoji"]))
         rows += rows_of(name, load_patch(folder))
     write_file(wanted.page, (HEAD + "\n".join(rows) + "\n").encode())
