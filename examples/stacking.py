@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from peft.utils.merge_utils import ties
+from peft.utils.merge_utils import dare_linear, ties
 from rich.progress import track
+from torch import Tensor
 
 from esd_lora.bases import Base, load_base
 from esd_lora.closed_form import edit_moments, patch_tensors
@@ -72,7 +73,7 @@ def named_as(concept: str) -> dict[str, Any]:
 
 def patch_of(base: Base, concepts: Sequence[str], kind: str, seed: int, folder: Path) -> Patch:
     """The trained patch of a kind, from disk where it is there; of several concepts it has as many steps as one of each."""
-    steps = {"steps": 90 * len(concepts)} if len(concepts) > 1 else {}
+    steps = {"steps": 60 * len(concepts)} if len(concepts) > 1 else {}
     fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, **steps, **KINDS[kind]}
     return train(Recipe.model_validate(fields), base, out=folder, resume=True)
 
@@ -92,13 +93,18 @@ def without_words(base: Base, concepts: Sequence[str]) -> list[Patch]:
     return made
 
 
-def tied(patches: Sequence[Patch]) -> Patch:
-    """TIES (Yadav et al. 2023, arXiv:2306.01708) of the changes ΔW, peft's, at a density of one half, exactly factored."""
+def sparse(merge: Callable[..., Tensor], patches: Sequence[Patch]) -> Patch:
+    """The changes ΔW merged by one of peft's ways for sparse ones, at a density of one half, exactly factored.
+
+    TIES keeps the largest of each and elects a sign (Yadav et al. 2023, arXiv:2306.01708), DARE keeps some at random and makes
+    them larger (Yu et al. 2023, arXiv:2311.03099).
+    """
+    torch.manual_seed(0)
     tensors = {}
     for name in dict.fromkeys(n for p in patches for n in p.ranks):
         down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         changes = [p.tensors[up] @ p.tensors[down] for p in patches]
-        change = ties(changes, torch.ones(len(changes)), 0.5)
+        change = merge(changes, torch.ones(len(changes)), 0.5)
         u, s, vt = torch.linalg.svd(change, full_matrices=False)
         tensors[up], tensors[down] = u * s, vt
     return Patch(tensors)
@@ -140,13 +146,14 @@ def ways_of(base: Base, order: Sequence[str], seed: int, folder: Path) -> Mappin
         "words left out": (lambda: without_words(base, order), stack),
         "fused": (single("learned"), partial(fuse, base)),
         "fused preserved": (single("preserved"), partial(fuse, base)),
-        "ties": (single("learned"), tied),
+        "ties": (single("learned"), partial(sparse, ties)),
+        "dare": (single("learned"), partial(sparse, dare_linear)),
         "one patch": (lambda: [patch_of(base, order, "preserved", seed, one)], stack),
         "sequential": (lambda: sequential(base, order, seed, folder / f"sequential-{seed}"), stack),
     }
 
 
-WAYS = ("base", *KINDS, "words left out", "fused", "fused preserved", "ties", "one patch", "sequential")
+WAYS = ("base", *KINDS, "words left out", "fused", "fused preserved", "ties", "dare", "one patch", "sequential")
 
 
 def cells_of(erased: Sequence[str], *, count: int, salt: int) -> Iterator[tuple[str, Cell]]:
