@@ -60,6 +60,10 @@ KINDS: Mapping[str, dict[str, Any]] = {
 }
 """What a recipe has besides its concept."""
 
+STUDY: Mapping[str, Any] = {"steps": 90, "batch_size": 4, "lr": 2e-3}
+"""How all learned patches of the study are trained, so that rows of docs/stacking.json can be added to: three times the passes
+of the defaults."""
+
 LEFT_OUT = tuple(OBJECTS)[::2]
 """Objects that the kind "words left out" does not know of."""
 
@@ -73,8 +77,8 @@ def named_as(concept: str) -> dict[str, Any]:
 
 def patch_of(base: Base, concepts: Sequence[str], kind: str, seed: int, folder: Path) -> Patch:
     """The trained patch of a kind, from disk where it is there; of several concepts it has as many steps as one of each."""
-    steps = {"steps": 60 * len(concepts)} if len(concepts) > 1 else {}
-    fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, **steps, **KINDS[kind]}
+    how = {**STUDY, "steps": STUDY["steps"] * len(concepts), **KINDS[kind]}
+    fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, **how}
     return train(Recipe.model_validate(fields), base, out=folder, resume=True)
 
 
