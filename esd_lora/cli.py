@@ -322,6 +322,63 @@ def evaluate(
 
 
 @app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Has a report.json and the pictures that it names.")]) -> None:
+    """Write the page of an evaluation, report.html, from the report.json in a folder; it opens without a network."""
+    from esd_lora.evaluate.page import read_report, write_page
+
+    page = write_page(read_report(folder / "report.json"), folder / "report.html")
+    _print({"page": str(page)}, as_json=False)
+
+
+@app.command()
+def study(
+    folder: Annotated[Path, typer.Argument(help="Of the study: index.html for readers, key.json for you alone.")],
+    base: BaseName = None,
+    patch: Patches = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeat for several.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt by each method.")] = 4,
+    reference: Annotated[Path | None, typer.Option(help="A picture to compare with.")] = None,
+    ask: Annotated[
+        str, typer.Option(help="The question.")
+    ] = "How similar is the picture to the style of the reference?",
+    title: Annotated[str, typer.Option(help="Over the page.")] = "Which pictures are alike?",
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the pictures, and of their order.")] = 0,
+    score: Annotated[list[Path] | None, typer.Option(help="A reader's answers, CSV: score the study instead.")] = None,
+    revision: Revision = None,
+    device: DeviceName = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page on which people rate pictures with and without patches, blinded; or score their answers."""
+    if score:
+        from esd_lora.study import score_study
+
+        _print({k: vars(v) for k, v in score_study(folder / "key.json", score).items()}, as_json=as_json)
+        return
+    if not (base and prompt and patch):
+        raise RecipeError("name --base, --patch and --prompt to write a study, or --score to score one")
+    patches = {text: _patch(text) for text in patch}
+    from esd_lora import study as studies
+    from esd_lora.patch import check_empty
+    from esd_lora.pictures import read_picture
+
+    check_empty(folder)
+    shown = read_picture(reference) if reference else None
+    model = _base(base, revision=revision, device=device)
+    with _progress("study", (1 + len(patches)) * n * len(prompt), quiet=quiet) as step:
+        done = 0
+
+        def batch(count: int) -> None:
+            nonlocal done
+            step(done := done + count, None)
+
+        how: dict[str, Any] = {"n": n, "seed": seed, "reference": shown, "on_batch": batch}
+        questions = studies.draw_questions(model, patches, prompt, **how)
+    page = studies.write_study(folder, questions=questions, seed=seed, title=title, ask=ask)
+    _print({"page": str(page), "key": str(folder / "key.json"), "pictures": len(questions)}, as_json=as_json)
+
+
+@app.command()
 def stack(
     patch: Weighted,
     out: Annotated[Path, typer.Option(help="Folder for the stack.")],

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from esd_lora.bases.base import Base
-from esd_lora.errors import RecipeError
+from esd_lora.errors import OutputError, RecipeError
 from esd_lora.patch import write_file
 
 Pictures = list[Image.Image]
@@ -65,6 +65,19 @@ def generate(
         if on_batch:
             on_batch(len(out.images))
     return pictures
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture in a file, in RGB.
+
+    Raises:
+        OutputError: It cannot be read.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # the latter two are Pillow's of some broken PNGs
+        raise OutputError(f"{path}: not a picture that can be read") from error
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

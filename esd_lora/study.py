@@ -1,6 +1,6 @@
 """A study with people: pages on which they rate pictures without knowing what made them, and what their answers say.
 
-    write_study ─► index.html for the readers, key.json for who asks ─► answers-READER.csv ─► score_study ─► Rating
+    draw_questions ─► write_study ─► index.html for readers, key.json for you ─► answers-READER.csv ─► score_study ─► Rating
 
 After the study of Gandikota et al. 2023 (arXiv:2303.07345), whose readers rated from 1 to 5 how similar a picture is to an
 artist's style. The page is one file that asks no network: it opens from a disk, keeps answers in the browser, and saves them
@@ -13,7 +13,7 @@ import csv
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,10 +21,13 @@ from typing import Literal, NamedTuple
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from esd_lora.bases.base import Base
+from esd_lora.compose import attach
 from esd_lora.errors import UserError
 from esd_lora.evaluate.page import data_uri, render
 from esd_lora.evaluate.rates import cluster_bootstrap
-from esd_lora.patch import check_empty, write_file
+from esd_lora.patch import Patch, check_empty, write_file
+from esd_lora.pictures import generate
 
 COLUMNS = ["reader", "item", "answer", "milliseconds"]
 SCALE = 5
@@ -109,6 +112,43 @@ def write_study(
     how = {"title": title, "ask": ask, "ends": ends, "introduction": introduction}
     write_file(out / "index.html", render("study.html", study=page, **how))
     return out / "index.html"
+
+
+def draw_questions(
+    base: Base,
+    patches: Mapping[str, tuple[Patch, float]],
+    prompts: Sequence[str],
+    *,
+    n: int = 4,
+    seed: int = 0,
+    reference: Image.Image | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Question]:
+    """The same prompts drawn from the same noise by the bare base and with each patch, as questions.
+
+    Args:
+        base: The model, called `base` among the methods; bare again afterwards.
+        patches: A patch and its weight by the name of the method.
+        prompts: At least one.
+        n: Pictures of each prompt by each method.
+        seed: Of each prompt's first picture; the next ones count up.
+        reference: Shown beside every picture.
+        on_batch: Called with the number of pictures of each finished batch.
+
+    Raises:
+        PatchError: A patch does not fit.
+    """
+    every = [(p, seed + k) for p in prompts for k in range(n)]
+    questions = []
+    ways: dict[str, list[tuple[Patch, float]]] = {"base": [], **{name: [added] for name, added in patches.items()}}
+    for method, added in ways.items():
+        attach(base, [patch for patch, _ in added], [weight for _, weight in added])
+        try:
+            pictures = generate(base, [p for p, _ in every], [s for _, s in every], on_batch=on_batch)
+        finally:
+            base.remove_adapters()
+        questions += [Question(x, method, p, reference) for x, (p, _) in zip(pictures, every, strict=True)]
+    return questions
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
+from conftest import Call
 from PIL import Image, ImageDraw, ImageFilter
 
 from esd_lora.errors import OutputError, UserError
@@ -615,3 +616,18 @@ def test_troubles_are_noticed(browser: Browser, tmp_path: Path) -> None:
     browser.open(page)
     found = " ".join(browser.troubles())
     assert all(word in found for word in ("boom", "warning", "http://localhost:1/x", "pixels too wide"))
+
+
+def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path) -> None:
+    values = sample(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    told = call("report", tmp_path)
+    assert (told.code, told.err) == (0, "")
+    assert (tmp_path / "report.html").read_bytes() == write_page(values, tmp_path / "again.html").read_bytes()
+    for text, message in [
+        ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("[]", "not a report, which is a JSON object"),
+    ]:
+        (tmp_path / "report.json").write_text(text)
+        told = call("report", tmp_path)
+        assert (told.code, told.err) == (2, f"error: {tmp_path}/report.json: {message}\n")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Call
 from PIL import Image, PngImagePlugin
 from test_page import Browser, browser, mean  # noqa: F401 (a fixture)
 
@@ -316,3 +317,46 @@ def test_files_that_are_none_are_named(page: Path, tmp_path: Path) -> None:
     rated = dict.fromkeys(read_key(key).items, 3)
     with pytest.raises(UserError, match="rated by ann alone; an interval over readers needs two at least"):
         score_study(key, write_answers(tmp_path / "study", {"ann": rated, "bob": {item: 3}}))
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_drawn_and_scored_by_the_command_line(call: Call, tiny_folder: Path, patch_folder: Path) -> None:
+    Image.new("RGB", (8, 8)).save("reference.png")
+    drawn = [
+        "--base",
+        tiny_folder,
+        "--patch",
+        patch_folder,
+        "--prompt",
+        "a cat",
+        "-n",
+        2,
+        "--reference",
+        "reference.png",
+    ]
+    told = call("study", "people", *drawn, "--quiet", "--json")
+    assert (told.code, json.loads(told.out)["pictures"]) == (0, 4)
+    items = read_key(Path("people/key.json")).items
+    assert sorted(i.method for i in items.values()) == sorted(["base"] * 2 + [str(patch_folder)] * 2)
+    ids = [item["id"] for item in data_of(Path("people/index.html"))["items"]]
+    pictures = {items[item["id"]].method: item["picture"] for item in data_of(Path("people/index.html"))["items"]}
+    assert len(set(pictures.values())) == 2  # the patch changes what is drawn
+    for reader in "ab":
+        rows = [",".join([reader, i, "5" if items[i].method == "base" else "1", "900"]) for i in ids]
+        Path(f"{reader}.csv").write_text("\n".join([",".join(COLUMNS), *rows]) + "\n")
+    scored = call("study", "people", "--score", "a.csv", "--score", "b.csv", "--json")
+    assert {k: v["mean"] for k, v in json.loads(scored.out).items()} == {"base": 5, str(patch_folder): 1}
+
+
+def test_what_a_study_cannot_do_is_one_line(call: Call, tiny_folder: Path, patch_folder: Path) -> None:
+    drawn = ["--base", tiny_folder, "--patch", patch_folder, "--prompt", "a cat", "--quiet"]
+    for options, message in [
+        (drawn[:-3], "name --base, --patch and --prompt to write a study, or --score to score one"),
+        ([*drawn, "--reference", "none.png"], "none.png: not a picture that can be read"),
+        (["--score", "a.csv"], "people/key.json: cannot read the key: No such file or directory"),
+    ]:
+        told = call("study", "people", *options)
+        assert (told.code, told.err) == (2, f"error: {message}\n")
+        assert not Path("people").exists()

@@ -39,7 +39,7 @@ from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS
 from esd_lora.errors import OutputError, RecipeError
 from esd_lora.evaluate.scores import answer_set
 from esd_lora.patch import Patch
-from esd_lora.pictures import Pictures, generate, save_picture
+from esd_lora.pictures import Pictures, generate, read_picture, save_picture
 from esd_lora.recipe import Words
 
 T = TypeVar("T")
@@ -522,7 +522,6 @@ def _read(path: Path) -> Image.Image:
         OutputError: It cannot be read.
     """
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # the latter two are Pillow's of some broken PNGs
-        raise OutputError(f"{path}: not a picture that can be read; delete it, and it is drawn again") from error
+        return read_picture(path)
+    except OutputError as error:
+        raise OutputError(f"{error}; delete it, and it is drawn again") from error

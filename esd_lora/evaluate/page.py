@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -241,6 +242,23 @@ def make_report(values: Mapping[str, Any]) -> Report:
     told = problems[0]["msg"].removeprefix("Value error, ")
     more = f" (the first of {len(problems)} problems)" if len(problems) > 1 else ""
     raise UserError(f"report: {f'{place}: ' if place else ''}{told}{more}")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The values of a report's JSON document, not yet validated.
+
+    Raises:
+        UserError: It cannot be read, or is no JSON object.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the report: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a report, which is a JSON object")
+    return values
 
 
 # ---- what is counted ---------------------------------------------------------------------------------------------
