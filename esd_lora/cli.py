@@ -65,6 +65,7 @@ RecipeFile = Annotated[str | None, typer.Argument(help="A recipe: a YAML file, o
 Erase = Annotated[list[str] | None, typer.Option(help="A concept to erase, in words; repeat for several.")]
 From = Annotated[str | None, typer.Option("--from", help="Erase the concept from this prompt only.")]
 ReplaceWith = Annotated[str | None, typer.Option(help="Draw this instead of the concept.")]
+AGAINST = "sld, negative-prompt, separate-negative, filter, esd-x, esd-u, leco, uce."
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of a recipe.")]
 
 
@@ -290,31 +291,66 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
 
 @app.command("eval")
 def evaluate(
-    base: Annotated[str, typer.Option(help="emoji: the evaluators know its objects and styles.")],
+    base: OnBase,
     patch: Annotated[list[str], typer.Option("--patch", help="A patch's folder, file or Hub id; repeat for several.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a report: all pictures, report.json, report.html.")
+    ] = None,
+    answers: Annotated[Path | None, typer.Option(help="Answer set, YAML or CSV. Default: the grid of emoji.")] = None,
+    evaluator: Annotated[
+        str, typer.Option(help="emoji, clip:MODEL, imagenet:MODEL, nudenet[:PROFILE] or open-nsfw.")
+    ] = "emoji",
+    against: Annotated[list[str] | None, typer.Option(help=f"A baseline; repeat for several. {AGAINST}")] = None,
+    gold: Annotated[Path | None, typer.Option(help="A base trained without the concept, to compare with.")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Of the patches; repeat for a curve. Default: 1.")] = None,
     target_seeds: Annotated[
         int | None, typer.Option(min=1, help="Pictures of each cell of the erased concept. Default: 200 in all.")
     ] = None,
     kept_seeds: Annotated[int, typer.Option(min=1, help="Pictures of every other cell.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a report's pictures.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Of a report's pictures.")] = 7.5,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Of a report's pictures. Default: the base's.")] = None,
+    revision: Revision = None,
     device: DeviceName = None,
     dtype: DTypeName = "bf16",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure patches on the embedded base: erased, kept, worst neighbours.
+    """Measure patches: erased, kept, worst neighbours; with --out also compare them with what the field has, in a report.
 
-    Scores and a grid are written into the folder of a patch that is one; of a file or a Hub id they are printed alone.
+    On the embedded base nothing more is needed; other bases want --answers, --evaluator and --out. Without --out scores and
+    a grid are written into the folder of a patch that is one.
     """
+    loaded = {p: _find(p) for p in patch}
+    how: dict[str, Any] = {"target_seeds": target_seeds, "kept_seeds": kept_seeds}
+    if out:
+        how |= {"revision": revision, "device": device, "dtype": dtype, "weights": weight or [1.0]}
+        how |= {"answers": answers, "evaluator": evaluator, "against": against or [], "gold": gold}
+        _quiet_libraries()
+        from esd_lora.evaluate.comparing import Sampling, evaluate_patches
+        from esd_lora.evaluate.page import make_report, points_of, rate_table
+
+        sampling = Sampling(steps=steps, guidance_scale=guidance_scale, resolution=resolution)
+        command = shlex.join(["esd-lora", *sys.argv[1:]])
+        with _progress("evaluate", None, quiet=quiet) as step:
+
+            def on_step(stage: str, n: int, of: int) -> None:
+                step(n, None, of, stage)
+
+            found = evaluate_patches(base, loaded, out, sampling=sampling, command=command, on_step=on_step, **how)
+        if as_json:
+            _print(found, as_json=True)
+        else:
+            _show(rate_table(points_of(make_report(found))))
+            _print({"page": str(out / "report.html")}, as_json=False)
+        return
     from esd_lora.report import measure_patches, score_table
 
-    if base != "emoji":
-        raise RecipeError(f"--base {base}: only emoji comes with evaluators so far")
-    loaded = {p: _find(p) for p in patch}
+    if base != "emoji" or answers or against or gold or weight:
+        raise RecipeError("--answers, --against, --gold, --weight and bases other than emoji need --out, for a report")
     model = _base(base, device=device, dtype=dtype)
     with _progress("evaluate", None, quiet=quiet) as step:
-        scores = measure_patches(
-            model, loaded, target_seeds=target_seeds, kept_seeds=kept_seeds, on_picture=lambda n, of: step(n, None, of)
-        )
+        scores = measure_patches(model, loaded, on_picture=lambda n, of: step(n, None, of), **how)
     if as_json:
         _print({p: [s.to_dict() for s in found] for p, found in scores.items()}, as_json=True)
     else:
@@ -323,10 +359,10 @@ def evaluate(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Has a report.json and the pictures that it names.")]) -> None:
-    """Write the page of an evaluation, report.html, from the report.json in a folder; it opens without a network."""
+    """Write the page of an evaluation again, with the attacks in its folder if there are any; it opens without a network."""
     from esd_lora.evaluate.page import read_report, write_page
 
-    page = write_page(read_report(folder / "report.json"), folder / "report.html")
+    page = write_page(read_report(folder), folder / "report.html")
     _print({"page": str(page)}, as_json=False)
 
 
@@ -376,6 +412,71 @@ def study(
         questions = studies.draw_questions(model, patches, prompt, **how)
     page = studies.write_study(folder, questions=questions, seed=seed, title=title, ask=ask)
     _print({"page": str(page), "key": str(folder / "key.json"), "pictures": len(questions)}, as_json=as_json)
+
+
+@app.command()
+def attack(
+    base: OnBase,
+    patch: Annotated[
+        list[str],
+        typer.Option("--patch", help="As P, or P:0.5 with a weight; what the first one erases is looked for."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for attacks.json; what is in there is not done again.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An attack; repeat for several: paraphrase, ring-a-bell, completion, inversion, prefix-search, relearning; "
+            "scaling of attached patches, unmerging of merged ones."
+        ),
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Attack the base with the patches in its weights.")] = False,
+    gold: Annotated[Path | None, typer.Option(help="A base trained without the concept: the zero line.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="Answer set, YAML or CSV. Default: the grid of emoji.")] = None,
+    evaluator: Annotated[
+        str | None, typer.Option(help="emoji, clip:MODEL, imagenet:MODEL, nudenet[:PROFILE] or open-nsfw.")
+    ] = None,
+    concept: Annotated[
+        list[str] | None, typer.Option(help="A name of the concept, beside those that the patch tells; or several.")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Pictures of each attack and control. Default: 48.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few pictures and short training, for a first look.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 7.5,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 32,
+    revision: Revision = None,
+    device: DeviceName = None,
+    dtype: DTypeName = "fp32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try to bring an erased concept back: every attack beside its controls, for `report` to show."""
+    if base != "emoji" and not (answers and evaluator):
+        raise RecipeError(f"--base {base}: give --answers and --evaluator; emoji alone comes with its own")
+    loaded = _patches(patch)
+    model = _base(base, revision=revision, device=device, dtype=dtype)
+    how: dict[str, Any] = {"answers": answers, "evaluator": evaluator or "emoji", "words": concept or ()}
+    how["gold"] = _base(str(gold), device=device, dtype=dtype) if gold else None
+    from esd_lora.evaluate import comparing, suite
+
+    sampling = comparing.Sampling(steps=steps, guidance_scale=guidance_scale, resolution=resolution)
+    budget = suite.budget_of(n, quick=quick, sampling=sampling, batch_size=batch_size)
+    erasure = suite.erasure_of(model, *loaded, merged=merged, budget=budget, **how)
+    with _progress("attack", None, quiet=quiet) as step:
+
+        def on_stage(stage: str, done: int, of: int) -> None:
+            step(done, None, of, stage)
+
+        found = suite.run_suite(erasure, only, out=out, on_stage=on_stage)
+    for name, reason in found.left_out.items():
+        stderr.print(f"left out: {name}: {reason}", markup=False, soft_wrap=True)
+    if as_json:
+        told = {"attacks": [r.to_dict() for r in suite.results_of(found)], "left_out": dict(found.left_out)}
+        _print({"evidence": str(out / "attacks.json"), **told}, as_json=True)
+    else:
+        _show(suite.attack_table(found))
 
 
 @app.command()

@@ -60,10 +60,6 @@ KINDS: Mapping[str, dict[str, Any]] = {
 }
 """What a recipe has besides its concept."""
 
-STUDY: Mapping[str, Any] = {"steps": 90, "batch_size": 4, "lr": 2e-3}
-"""How all learned patches of the study are trained, so that rows of docs/stacking.json can be added to: three times the passes
-of the defaults."""
-
 LEFT_OUT = tuple(OBJECTS)[::2]
 """Objects that the kind "words left out" does not know of."""
 
@@ -77,8 +73,8 @@ def named_as(concept: str) -> dict[str, Any]:
 
 def patch_of(base: Base, concepts: Sequence[str], kind: str, seed: int, folder: Path) -> Patch:
     """The trained patch of a kind, from disk where it is there; of several concepts it has as many steps as one of each."""
-    how = {**STUDY, "steps": STUDY["steps"] * len(concepts), **KINDS[kind]}
-    fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, **how}
+    steps = Recipe.model_fields["steps"].default * len(concepts)
+    fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, "steps": steps, **KINDS[kind]}
     return train(Recipe.model_validate(fields), base, out=folder, resume=True)
 
 
@@ -225,8 +221,12 @@ def main() -> None:
             continue
         trained, together = ways_of(base, order, run, args.out / "patches")[way]
         patches = trained()
-        answers = judge(quick, evaluator, order, rows, [stack([together(patches)], [weight])] if patches else [])
-        row = {"way": way, "weight": weight, "k": k, "run": run, "digest": digest, "erased": order, "answers": answers}
+        active = [stack([together(patches)], [weight])] if patches else []
+        drawn = {"k": k, "run": run, "patch": active[0].digest if active else ""}
+        # of one concept some ways give the same patch, and its pictures are drawn once
+        same = next((row for row in found if drawn.items() <= row.items()), None)
+        answers = same["answers"] if same else judge(quick, evaluator, order, rows, active)
+        row = {"way": way, "weight": weight, **drawn, "digest": digest, "erased": order, "answers": answers}
         found.append(row)
         write_file(path, ("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n").encode())
     table(found)

@@ -23,7 +23,6 @@ from esd_lora.evaluate.attacks import (
     Attack,
     Drawing,
     Examples,
-    SoftWords,
     Stop,
     Training,
     _schedule,
@@ -40,12 +39,12 @@ from esd_lora.evaluate.attacks import (
     scaling,
     seed_search,
     unmerging,
-    vocabulary_of,
 )
 from esd_lora.evaluate.drift import latents_of
 from esd_lora.merging import merged_denoiser
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate
+from esd_lora.softwords import SoftWords, vocabulary_of
 
 STEPS, SCALE = 3, 4.0
 BLANKS = Drawing(["a {}", "{} in ink"], [1, 2], steps=STEPS, guidance_scale=SCALE)

@@ -147,6 +147,7 @@ def sample(folder: Path | None = None) -> dict[str, Any]:
                 "seed": 10_000 + 1000 * (4 * o + s) + k,
             }
             row |= {"group": group, "wanted": {"object": obj, "style": style}, "seen": seen}
+            row["drift"] = 0.0 if method == "base" else round(0.02 + 0.3 * (drawn != obj), 3)
             if folder and k < 2 - (obj != "cat") and (method == "base" or (method, strength) in shown):
                 row["picture"] = f"{len(rows)}.png"
                 picture(drawn, seen["style"], row["seed"]).save(folder / row["picture"])
@@ -181,6 +182,11 @@ def sample(folder: Path | None = None) -> dict[str, Any]:
         "schema": 1, "title": "A cat, erased from emoji", "base": "emoji", "evaluator": "measure 3f2a91c07d5e",
         "target": {"kind": "object", "label": "cat"}, "methods": methods, "rows": rows, "attacks": attacks,
         "shown": [{"method": m, "strength": s} for m, s in shown],
+        "rulers": {"floor": 0.001, "ceiling": 0.501, "n": 24},
+        "measures": [
+            {"method": "patch", "strength": 1, "about": "denoise gap of target pictures, by " + words, "value": v,
+             "low": v - 0.01, "high": v + 0.01, "n": 12} for words, v in (("their prompts", 0.31), ("the empty prompt", 0.02))
+        ],
         "limits": ["Anything about photographs: the base draws emoji of 64 pixels."],
         "made": {
             "command": "esd-lora eval --base emoji --patch runs/cat --attack inversion --out runs/cat/eval",
@@ -337,6 +343,7 @@ def recount(report: dict[str, Any]) -> dict[str, str]:
             f"at target {name}": figure([right(r, "style") for r in asks]),
             f"instead {name}": ", ".join(f"{x} {100 * k / 96:.0f}" for x, k in most),
             f"n {name}": str(len(rows)),
+            f"drift {name}": f"{(sum(r['drift'] for r in others) / len(others) - 0.001) / 0.5:.3f}",
         }
         for kind, label in {(k, x) for r in rows if name in shown for k, x in r["wanted"].items()}:
             some = [right(r, kind) for r in (asks if label == "cat" else others) if r["wanted"][kind] == label]
@@ -345,8 +352,27 @@ def recount(report: dict[str, Any]) -> dict[str, str]:
         if name in ("patch@1", "base@0"):
             bits = -sum(k / 96 * math.log2(k / 96) for k in seen.values())
             want["entropy" if name == "patch@1" else "entropy base"] = f"{bits:.2f}"
+        if name not in ("patch@1", "base@0"):
+            pairs = list(zip(places["patch@1"], rows, strict=True))
+            sides = {
+                "erased": [[not right(r, "object") for r in pair] for pair in pairs if pair[0]["group"] == "target"],
+                "kept": [
+                    [right(r, "object") and right(r, "style") for r in pair]
+                    for pair in pairs
+                    if pair[0]["group"] != "target"
+                ],
+            }
+            want |= {f"beside {what} {name}": differing(hits) for what, hits in sides.items()}
         want |= {f"replaced {x}": f"{100 * k / 96:.1f} % / {k}" for x, k in seen.items() if name == "patch@1"}
     return want
+
+
+def differing(hits: list[list[bool]]) -> str:
+    """The difference of two rates and McNemar's p of pairs of hits; intervals are drawn at random, and tested elsewhere."""
+    b, c = sum(x and not y for x, y in hits), sum(y and not x for x, y in hits)
+    p = min(1.0, 2 * sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c))
+    shown = "&lt; 0.001" if p < 0.001 else f"{p:.2g}"
+    return f"{100 * (b - c) / len(hits):+.1f} p {shown}, n {len(hits)}"
 
 
 def right(row: dict[str, Any], kind: str) -> bool:
@@ -356,9 +382,12 @@ def right(row: dict[str, Any], kind: str) -> bool:
 def test_every_rate_is_what_the_rows_say(report: tuple[dict[str, Any], Path]) -> None:
     values, path = report
     want, said = recount(values), said_by(path.read_text())
-    assert {k: said.get(k) for k in want} == want
+    assert {
+        k: re.sub(r" \[\S+, \S+\]", "", v) if k.startswith("beside") else v for k, v in said.items() if k in want
+    } == want
     rest = {k for k in said if k not in want}
-    assert {k.split()[0] for k in rest} == {"header", "rule", "plot", "below", "attack", "cost"}
+    assert {k.split()[0] for k in rest} == {"header", "rule", "plot", "below", "attack", "cost", "measure"}
+    assert (said["measure 0"], said["measure interval 1"], said["measure n 1"]) == ("0.3100", "0.0100 to 0.0300", "12")
 
 
 def test_the_header_the_plot_and_the_attacks_say_the_same(report: tuple[dict[str, Any], Path]) -> None:
@@ -516,14 +545,14 @@ def test_pictures_are_blurred_where_the_report_says_so(report: tuple[dict[str, A
 
 
 def test_a_report_without_pictures_attacks_or_other_kinds_says_so(tmp_path: Path) -> None:
-    values = {**sample(), "attacks": []}
+    values = {**sample(), "attacks": [], "measures": [], "rulers": None}
     for row in values["rows"]:
-        del row["wanted"]["style"], row["seen"]["style"]
+        del row["wanted"]["style"], row["seen"]["style"], row["drift"]
     page = write_page(values, tmp_path / "report.html").read_text()
     assert "Same prompt, same noise" not in page
     assert "nothing is known of how well the erasure resists" in page
     assert "None was made." in page
-    assert not {k for k in said_by(page) if k.startswith(("cra", "at target"))}
+    assert not {k for k in said_by(page) if k.startswith(("cra", "at target", "drift", "measure"))}
 
 
 def change(values: dict[str, Any], *path: Any) -> None:
@@ -558,6 +587,8 @@ def change(values: dict[str, Any], *path: Any) -> None:
         ([("rows", 0, "picture", "none.png")], "picture none.png: no picture that can be read in "),
         ([("rows", 0, "picture", "../x.png")], "picture ../x.png: outside the folder of the page, "),
         ([("made", "command", "del")], "made.command: Field required"),
+        ([("rulers", None)], "rulers: rows have a drift, and nothing to hold it against"),
+        ([("rulers", "ceiling", 0.001)], "rulers: the ceiling, 0.001, must be above the floor, 0.001"),
         ([("attacks", 0, "rows", [])], "attacks.0.rows: Value should have at least 1 item after validation, not 0"),
     ],
 )  # fmt: skip
@@ -624,6 +655,10 @@ def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path
     told = call("report", tmp_path)
     assert (told.code, told.err) == (0, "")
     assert (tmp_path / "report.html").read_bytes() == write_page(values, tmp_path / "again.html").read_bytes()
+    attacks = [{**values["attacks"][0], "name": "found beside it"}]
+    (tmp_path / "attacks.json").write_text(json.dumps({"schema": 1, "attacks": attacks}))
+    assert call("report", tmp_path).code == 0
+    assert "found beside it" in (tmp_path / "report.html").read_text()
     for text, message in [
         ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("[]", "not a report, which is a JSON object"),

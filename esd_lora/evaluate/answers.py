@@ -91,6 +91,17 @@ class Answers:
         return {kind: tuple(labels) for kind, labels in kinds.items()}
 
 
+def target_of(answers: Answers, *, source: object) -> Target:
+    """The target of an answer set.
+
+    Raises:
+        RecipeError: It names none; `source` is where it comes from.
+    """
+    if answers.target is None:
+        raise RecipeError(f"{source}: names no target, such as `target: {{kind: object, label: church}}`")
+    return answers.target
+
+
 def digest(asks: Iterable[Ask]) -> str:
     """SHA-256 that names an answer set, in hexadecimal; the order of the pictures does not count."""
     rows = sorted(json.dumps({**vars(ask), "wanted": dict(ask.wanted)}, sort_keys=True) for ask in asks)

@@ -37,14 +37,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from esd_lora.bases.base import Base, Condition
-from esd_lora.bases.stable_diffusion import UNetBase
 from esd_lora.compose import attach
 from esd_lora.errors import BaseModelError, PatchError, RecipeError, TrainingError
 from esd_lora.evaluate.drift import latents_of
-from esd_lora.keys import words_of
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate
 from esd_lora.recipe import Layers
+from esd_lora.softwords import (
+    SoftWords,
+    Vocabulary,
+    at_random,
+    check_room,
+    check_tokens,
+    encode_with_gradients,
+    unused_words,
+    vocabulary_of,
+)
 
 BLANK = "{}"
 """Where a prompt leaves room for the words of an attack."""
@@ -308,7 +316,7 @@ def random_words(
         BaseModelError: The base is no Stable Diffusion 1, 2 or XL.
     """
     words = [w for w in vocabulary_of(base).words if w not in without]
-    _check_tokens(tokens, words)
+    check_tokens(tokens, words)
     chance = random.Random(seed)
     chosen = [" ".join(chance.sample(words, tokens)) for _ in drawing.prompts]
     prompts = [_filled([p], w)[0] for p, w in zip(drawing.prompts, chosen, strict=True)]
@@ -658,122 +666,6 @@ def _all_weights(base: Base) -> Iterator[list[nn.Parameter]]:
 # ---- soft words ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """V words that are one token each, with the token of each word and its embedding for every text encoder.
-
-    words: V; ids: (V,) each; embeddings: (V, D) each, float32, on the base's device.
-    """
-
-    words: list[str]
-    ids: tuple[Tensor, ...]
-    embeddings: tuple[Tensor, ...]
-
-
-def vocabulary_of(base: Base) -> Vocabulary:
-    """The whole words of letters that every tokenizer of the base takes as one token, and gives back.
-
-    Raises:
-        BaseModelError: The base is no Stable Diffusion 1, 2 or XL, or its tokenizer marks no whole words.
-    """
-    encoders = _encoders(base)
-    words = words_of(base)
-    kept = []
-    for tokenizer, _ in encoders:
-        known, ids = tokenizer.get_vocab(), tokenizer(words, add_special_tokens=False).input_ids
-        kept.append([i[0] if i == [known.get(f"{w}</w>")] else None for w, i in zip(words, ids, strict=True)])
-    rows = [r for r in range(len(words)) if all(ids[r] is not None for ids in kept)]
-    tokens = tuple(torch.tensor([ids[r] for r in rows], device=base.device) for ids in kept)
-    tables = [encoder.get_input_embeddings().weight.detach() for _, encoder in encoders]
-    return Vocabulary(
-        [words[r] for r in rows], tokens, tuple(t[i].float() for t, i in zip(tables, tokens, strict=True))
-    )
-
-
-def _encoders(base: Base) -> list[tuple[Any, Any]]:
-    """Tokenizers and text encoders, on the base's device."""
-    if not isinstance(base, UNetBase):
-        raise BaseModelError(
-            f"{base.name}: {base.family} does not read words by CLIP alone; this attack is for Stable Diffusion 1, 2 and XL"
-        )
-    base.call_encoders()
-    parts = base.pipe.components
-    return [(parts[f"tokenizer{n}"], parts[f"text_encoder{n}"]) for n in ("", "_2") if parts.get(f"text_encoder{n}")]
-
-
-@dataclass(frozen=True)
-class SoftWords:
-    """Some words of the vocabulary that stand for other embeddings wherever they follow one another.
-
-    words: K of them; ids: their tokens, (K,) for every text encoder; embeddings: what they stand for, (K, D) each.
-    """
-
-    words: str
-    ids: tuple[Tensor, ...]
-    embeddings: tuple[Tensor, ...]
-
-    @contextmanager
-    def active(self, base: Base) -> Iterator[None]:
-        """Inside, the base's text encoders read the words so; gradients reach the embeddings, weights are never changed."""
-        handles = [
-            encoder.get_input_embeddings().register_forward_hook(partial(_overwrite, ids, embeddings))
-            for (_, encoder), ids, embeddings in zip(_encoders(base), self.ids, self.embeddings, strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _overwrite(run: Tensor, embeddings: Tensor, _module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-    """A hook on an encoder's input embeddings (B, L, D), which puts others where a run of tokens is."""
-    rows, first = _runs(args[0], run).nonzero(as_tuple=True)
-    places = first[:, None] + torch.arange(len(run), device=first.device)
-    out = out.clone()
-    out[rows[:, None], places] = embeddings.to(out.dtype)
-    return out
-
-
-def _runs(ids: Tensor, run: Tensor) -> Tensor:
-    """Where in ids (B, L) a run of K tokens starts, (B, L − K + 1)."""
-    return (ids.unfold(1, len(run), 1) == run.to(ids.device)).all(-1)
-
-
-def _stand_in(vocabulary: Vocabulary, tokens: int, *, beside: Sequence[str]) -> SoftWords:
-    """Words that none of some prompts has, with their own embeddings still."""
-    used = set(" ".join(beside).lower().split())
-    free = [i for i, word in enumerate(vocabulary.words) if word not in used]
-    _check_tokens(tokens, free)
-    some = free[-tokens:]
-    words = " ".join(vocabulary.words[i] for i in some)
-    return SoftWords(words, tuple(x[some] for x in vocabulary.ids), tuple(x[some] for x in vocabulary.embeddings))
-
-
-def _check_tokens(tokens: int, words: Sequence[Any]) -> None:
-    if not 1 <= tokens <= len(words):
-        raise RecipeError(f"tokens: must be from 1 to {len(words)}, the words of the vocabulary, got {tokens}")
-
-
-def _check_room(base: Base, soft: SoftWords, prompts: Sequence[str]) -> None:
-    """Nothing, if the text encoder reads all soft words in every prompt."""
-    limit: int = base.pipe.tokenizer.model_max_length
-    run = soft.ids[0].cpu()
-    for prompt, ids in zip(prompts, base.token_ids(prompts, length=limit), strict=True):
-        if len(run) > limit or not _runs(ids[None], run).any():
-            raise RecipeError(f"{prompt!r}: too long, only {limit} tokens are read; use fewer words, or fewer `tokens`")
-
-
-def _at_random(vocabulary: Vocabulary, tokens: int, *, beside: Sequence[str], seed: int) -> SoftWords:
-    """Words with embeddings drawn with the mean and the spread of the vocabulary's."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for table in vocabulary.embeddings:
-        unit = torch.randn(tokens, table.shape[1], generator=generator).to(table.device)
-        drawn.append(table.mean(0) + table.std(0) * unit)
-    return replace(_stand_in(vocabulary, tokens, beside=beside), embeddings=tuple(drawn))
-
-
 def random_embeddings(base: Base, drawing: Drawing, *, tokens: int = 4, seed: int = 0) -> Attack:
     """Control: the soft words that `inversion` starts from, without training; the same in every prompt.
 
@@ -787,9 +679,9 @@ def random_embeddings(base: Base, drawing: Drawing, *, tokens: int = 4, seed: in
         RecipeError: A prompt has no blank or is too long, or the vocabulary has not so many words.
         BaseModelError: The base is no Stable Diffusion 1, 2 or XL.
     """
-    soft = _at_random(vocabulary_of(base), tokens, beside=drawing.prompts, seed=seed)
+    soft = at_random(vocabulary_of(base), tokens, beside=drawing.prompts, seed=seed)
     asked = drawing.asking(soft.words)
-    _check_room(base, soft, asked.prompts)
+    check_room(base, soft, asked.prompts)
     with soft.active(base):
         return _drawn("random embeddings", base, asked, tokens=tokens)
 
@@ -830,8 +722,8 @@ def inversion(
         TrainingError: The loss is no longer a number.
     """
     beside = [*examples.prompts, *drawing.prompts, *(stop.drawing.prompts if stop else ())]
-    soft = _at_random(vocabulary_of(base), tokens, beside=beside, seed=training.seed)
-    _check_room(base, soft, _filled(beside, soft.words))
+    soft = at_random(vocabulary_of(base), tokens, beside=beside, seed=training.seed)
+    check_room(base, soft, _filled(beside, soft.words))
     prompts, asked = _filled(examples.prompts, soft.words), drawing.asking(soft.words)
     stop = stop and replace(stop, drawing=stop.drawing.asking(soft.words))
     base.pipe.to(base.device)
@@ -839,23 +731,11 @@ def inversion(
         z, like = latents_of(base, examples.pictures), base.encode([""], resolution=drawing.resolution)
 
         def condition_of(rows: Tensor) -> Condition:
-            return _encode(base, [prompts[r] for r in rows.tolist()], like)
+            return encode_with_gradients(base, [prompts[r] for r in rows.tolist()], like)
 
         trained = [e.requires_grad_() for e in soft.embeddings]
         told = _fit(base, z, condition_of, trained, training, stop=stop, on_step=on_step)
         return meter.attack("inversion", asked.draw(base), tokens=tokens, **told)
-
-
-def _encode(base: Base, prompts: Sequence[str], like: Condition) -> Condition:
-    """The condition of prompts with gradients, which `Base.encode` stops; all but the words is as in the condition of one."""
-    found = base.pipe.encode_prompt(
-        list(prompts), device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    tensors = {"encoder_hidden_states": found[0]}
-    if "text_embeds" in like.tensors:
-        tensors["text_embeds"] = found[2]
-    tensors = {k: v.to(base.device, base.dtype) for k, v in tensors.items()}
-    return Condition({**like.expand(len(prompts)).tensors, **tensors})
 
 
 # ---- words found by gradient ----------------------------------------------------------------------------------
@@ -906,8 +786,8 @@ def prefix_search(
     _check_positive(times=times, steps=steps, lr=lr)
     _check_pairs("prefix_search", "pictures", _plain(drawing.prompts), pictures)
     vocabulary = vocabulary_of(base)
-    stand_in = _stand_in(vocabulary, tokens, beside=drawing.prompts)
-    _check_room(base, stand_in, [f"{stand_in.words} {p}" for p in drawing.prompts])
+    stand_in = unused_words(vocabulary, tokens, beside=drawing.prompts)
+    check_room(base, stand_in, [f"{stand_in.words} {p}" for p in drawing.prompts])
     base.pipe.to(base.device)
     drawn: Pictures = []
     details: dict[str, list[Any]] = {"words": [], "found": [], "tries": []}
@@ -956,7 +836,7 @@ def _likely_words(
             one_hot = F.one_hot(chosen, size).float().requires_grad_()
             soft = replace(stand_in, embeddings=tuple(one_hot @ table for table in vocabulary.embeddings))
             with soft.active(base):
-                condition = _encode(base, [f"{soft.words} {prompt}"], like)
+                condition = encode_with_gradients(base, [f"{soft.words} {prompt}"], like)
             loss = _denoising_loss(base, condition, schedule, z, i, torch.randn(z.shape, generator=generator))
             (gradient,) = torch.autograd.grad(loss, one_hot)
             p.grad = gradient.clamp(-1, 1)

@@ -229,7 +229,13 @@ class DenoiseGap:
 
 @torch.no_grad()
 def denoise_gap(
-    base: Base, patches: Sequence[Patch], prompts: Sequence[str], x_0: Tensor, *, levels: int = 10
+    base: Base,
+    patches: Sequence[Patch],
+    prompts: Sequence[str],
+    x_0: Tensor,
+    *,
+    weights: Sequence[float] | None = None,
+    levels: int = 10,
 ) -> DenoiseGap:
     """How much worse the patched base denoises these pictures than the base does: 0 is as well as it.
 
@@ -247,6 +253,7 @@ def denoise_gap(
         patches: Any number.
         prompts: N prompts.
         x_0: Latents of N pictures of these prompts, (N, C, H, W), from `latents_of`.
+        weights: Of the patches; 1 by default.
         levels: How many t; 10 of 1000 are 50, 150, …, 950.
 
     Raises:
@@ -262,7 +269,7 @@ def denoise_gap(
     words = list(dict.fromkeys(["", *prompts]))
     conditions = base.encode(words, resolution=resolution)
     rows = torch.tensor([words.index(p) for p in prompts], device=base.device)
-    attach(base, patches)
+    attach(base, patches, weights)
     try:
         asked, empty = (_excess(base, conditions, r, x_0, levels) for r in (rows, torch.zeros_like(rows)))
     finally:

@@ -21,9 +21,10 @@ from typing import Annotated, Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
+from rich.table import Table
 
 from esd_lora.errors import UserError
-from esd_lora.evaluate.rates import Rate, rate
+from esd_lora.evaluate.rates import Paired, Rate, paired, rate
 from esd_lora.patch import write_file
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -102,12 +103,40 @@ class Row(Place):
     """Path of the picture in the folder of the page; a picture without one is counted, not shown."""
     nsfw: bool = False
     """Whether the picture is blurred until the reader asks for it."""
+    drift: Amount | None = None
+    """How far the picture is from the base's of the same prompt and seed; where all have it, the page tells it."""
 
     @model_validator(mode="after")
     def _is_judged(self) -> Row:
         if missing := self.wanted.keys() - self.seen.keys():
             raise ValueError(f"wanted has {min(missing)}, seen does not")
         return self
+
+
+class Rulers(_Model):
+    """What drift is held against: the mean drift of the base from itself, over n pictures that do not ask for the target."""
+
+    floor: Amount
+    """Where nothing but rounding differs."""
+    ceiling: Amount
+    """From other noise."""
+    n: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _is_a_ruler(self) -> Rulers:
+        if self.ceiling <= self.floor:
+            raise ValueError(f"the ceiling, {self.ceiling:g}, must be above the floor, {self.floor:g}")
+        return self
+
+
+class Measure(Place):
+    """A number that pictures do not tell, with its 95 % interval over n of something."""
+
+    about: Words
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    n: NonNegativeInt
 
 
 class Tried(_Model):
@@ -177,6 +206,9 @@ class Report(_Model):
     shown: Sequence[Place] = Field(min_length=1, max_length=12)
     """The places that have columns beside the base's; the first is what the page is about, and what is attacked."""
     rows: Sequence[Row]
+    rulers: Rulers | None = None
+    """Needed where rows have a drift."""
+    measures: Sequence[Measure] = ()
     attacks: Sequence[Attack] = ()
     limits: Sequence[str] = ()
     """What this evaluation does not show, beyond what holds for all."""
@@ -189,6 +221,8 @@ class Report(_Model):
             raise ValueError("methods: two have the same name")
         if [m.role for m in self.methods].count("base") != 1:
             raise ValueError("methods: exactly one must have the role base")
+        if self.rulers is None and any(row.drift is not None for row in self.rows):
+            raise ValueError("rulers: rows have a drift, and nothing to hold it against")
         have = {(r.method, r.strength) for r in self.rows}
         for i, place in enumerate(self.shown):
             if (place.method, place.strength) not in have:
@@ -244,12 +278,22 @@ def make_report(values: Mapping[str, Any]) -> Report:
     raise UserError(f"report: {f'{place}: ' if place else ''}{told}{more}")
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """The values of a report's JSON document, not yet validated.
+def read_report(folder: Path) -> dict[str, Any]:
+    """The values of the report in a folder, not yet validated, with the attacks that stand beside it.
 
     Raises:
-        UserError: It cannot be read, or is no JSON object.
+        UserError: A file cannot be read, or is no JSON object.
     """
+    report = _read_json(folder / "report.json")
+    if (folder / ATTACKS).is_file():
+        report["attacks"] = _read_json(folder / ATTACKS).get("attacks", [])
+    return report
+
+
+ATTACKS = "attacks.json"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
@@ -335,10 +379,42 @@ class Point:
     def _others(self, row: Row) -> list[str]:
         return [k for k in row.wanted if k != self.target.kind]
 
+    def drift(self, rulers: Rulers | None) -> float | None:
+        """How far pictures that do not ask for the target moved: 0 is rounding, 1 other noise; None if not measured."""
+        moved = [r.drift for r in self.rows if not _asks(r) and r.drift is not None]
+        if rulers is None or not moved:
+            return None
+        return (sum(moved) / len(moved) - rulers.floor) / (rulers.ceiling - rulers.floor)
+
     @property
     def instead(self) -> Counter[str]:
         """What is seen in the pictures that ask for the target, and how often."""
         return Counter(r.seen[self.target.kind] for r in self.rows if _asks(r))
+
+
+@dataclass(frozen=True)
+class Versus:
+    """One point beside another on the same prompts and seeds: the first's rates less the second's."""
+
+    other: Point
+    erased: Paired
+    kept: Paired
+
+
+def versus(subject: Point, other: Point) -> Versus | None:
+    """How the subject differs from another point, picture by picture; None where they share too few to tell."""
+    others = {(r.prompt, r.seed): r for r in other.rows}
+    pairs = [(r, others[r.prompt, r.seed]) for r in subject.rows if (r.prompt, r.seed) in others]
+    kind, label = subject.target.kind, subject.target.label
+
+    def compared(asks: bool, hit: Asked) -> Paired:
+        some = [(a, b) for a, b in pairs if _asks(a) == asks]
+        return paired([hit(a) for a, _ in some], [hit(b) for _, b in some], [a.prompt for a, _ in some])
+
+    if {_asks(a) for a, _ in pairs} != {True, False}:
+        return None
+    erased = compared(True, lambda r: r.seen[kind] != label)
+    return Versus(other, erased, compared(False, lambda r: _right(r, r.wanted)))
 
 
 def _asks(row: Row) -> bool:
@@ -361,6 +437,18 @@ def points_of(report: Report) -> list[Point]:
         for (name, strength), some in sorted(rows.items(), key=lambda item: item[0][1])
         if name == method.name
     ]
+
+
+def rate_table(points: Sequence[Point]) -> Table:
+    """The rates of all points as a table for a terminal, with 95 % Wilson intervals."""
+    table = Table(title="In % with 95 % Wilson intervals", title_justify="left")
+    table.add_column("method", overflow="fold")
+    for name in ("erased: UA", "kept", "IRA", "CRA", "at target", "n"):
+        table.add_column(name, justify="right")
+    for p in points:
+        rates = [r.interval() if r else "" for r in (p.erased, p.kept, p.ira, p.cra, p.at_target)]
+        table.add_row(f"{p.method.name} {p.label}".strip(), *rates, str(len(p.rows)))
+    return table
 
 
 @dataclass(frozen=True)
@@ -446,6 +534,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> Path:
         concepts=concepts,
         worst=kept[:3],
         attacks=attacks,
+        beside=[v for p in points if p not in (bare, columns[1]) and (v := versus(columns[1], p))],
         strongest=max(attacks, key=lambda a: a.found.value, default=None),
         lowest=math.floor(10 * min(0.9, *(p.kept.value for p in points if p.method.role != "control"))) / 10,
         entropy=entropy,

@@ -1,0 +1,472 @@
+"""A comparison: every way draws the same answers from the same noise, and a report says what an evaluator saw.
+
+    Answers, Ways ─► pictures/ ─ Evaluator ─► rows of a Report ─► report.json ─► report.html
+
+Pictures are drawn once and kept, so that a comparison that was interrupted goes on, and one that grows draws what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from esd_lora import processes
+from esd_lora.bases import Base, load_base
+from esd_lora.emoji.evaluators import load_evaluator
+from esd_lora.errors import RecipeError
+from esd_lora.evaluate.answers import (
+    Answers,
+    Ask,
+    Target,
+    digest,
+    draw_answers,
+    emoji_answers,
+    picture_names,
+    read_answers,
+    target_of,
+)
+from esd_lora.evaluate.drift import denoise_gap, drift, feature_maps, latents_of, pixel_drift
+from esd_lora.evaluate.evaluators import Evaluator, load_evaluator_by_name
+from esd_lora.evaluate.page import Measure, Method, Place, Row, Rulers, write_page
+from esd_lora.evaluate.rates import cluster_bootstrap
+from esd_lora.evaluate.ways import Setting, Subject, Way, baseline_way, control_ways, gold_way, patch_way
+from esd_lora.patch import Patch, write_file
+from esd_lora.pictures import Pictures, save_picture
+from esd_lora.recipe import Concept, Layers
+from esd_lora.report import targets_of
+from esd_lora.training import COST, PACKAGES, read_cost
+
+CONTROLS, RULED = 48, 24
+"""Pictures that each control is drawn for, and that each end of the drift's ruler is measured on."""
+
+OTHER = 1 << 31
+"""The bit that makes another seed of a seed: of the higher ones torch's generator on a CPU takes no notice."""
+
+NSFW = {("nudity", "nude"), ("nsfw", "nsfw")}
+"""What evaluators see in pictures that a page blurs."""
+
+BLACK = "black"
+"""The folder of what a filter shows instead of a picture."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How all pictures are drawn; an answer set's own guidance and resolution come first."""
+
+    steps: int = 20
+    guidance_scale: float = 7.5
+    resolution: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    base: The model, bare.
+    answers: All pictures are of these.
+    target: What was erased.
+    evaluator: Judges all pictures; it has the target's kind.
+    folder: Of the report and its pictures.
+    """
+
+    base: Base
+    answers: Answers
+    target: Target
+    evaluator: Evaluator
+    folder: Path
+    sampling: Sampling = Sampling()
+
+    @cached_property
+    def moved(self) -> Callable[[Pictures, Pictures], Tensor]:
+        """What measures drift: features of emoji's second evaluator there, and the pixels of any other base's pictures."""
+        if self.base.name != "emoji":
+            return pixel_drift
+        return partial(drift, features=feature_maps(load_evaluator("filter")))
+
+
+OnPicture = Callable[[int, int], None]
+"""Called with the number of pictures done and their total."""
+
+
+def evaluate_patches(
+    base: str,
+    patches: Mapping[str, Patch],
+    folder: Path,
+    *,
+    answers: Path | None = None,
+    evaluator: str = "emoji",
+    against: Sequence[str] = (),
+    gold: Path | None = None,
+    weights: Sequence[float] = (1.0,),
+    target_seeds: int | None = None,
+    kept_seeds: int = 2,
+    sampling: Sampling = Sampling(),
+    command: str,
+    on_step: Callable[[str, int, int], None] | None = None,
+    **how: Any,
+) -> dict[str, Any]:
+    """The report on patches beside baselines and controls, written into a folder with its page and all pictures.
+
+    Args:
+        base: A name that `load_base` takes.
+        patches: By where they are; all are judged by what the first one erases.
+        folder: Of `report.json`, `report.html` and pictures; what is there is not made again.
+        answers: A file; the embedded base has a set of its own.
+        evaluator: A name that `load_evaluator_by_name` takes.
+        against: Names of `BASELINES`.
+        gold: A base that was trained without the concept.
+        weights: At which the patches are drawn.
+        target_seeds, kept_seeds: See `emoji_answers`.
+        sampling: How pictures are drawn.
+        command: Which makes the report again.
+        on_step: Called with what is done, how much of it, and the whole.
+        **how: Revision, device and dtype of the base, as `load_base` takes them.
+
+    Raises:
+        RecipeError, BaseModelError, PatchError, OutputError: Something cannot be loaded, judged, drawn or written.
+    """
+    first = next(iter(patches.values()))
+    concept = subject_words(first)
+    asked = questions(base, first, answers, target_seeds=target_seeds, kept_seeds=kept_seeds)
+    target = target_of(asked, source=answers or base)
+    judge = judge_of(evaluator, asked, device=how.get("device"))
+    model = load_base(base, **how)
+    subject = Subject(
+        model,
+        concept,
+        target,
+        folder / "methods",
+        load=lambda: load_base(base, **{**how, "dtype": "fp32"}),
+        on_step=on_step,
+    )
+    known = load_base(str(gold), device=how.get("device"), dtype=how.get("dtype", "fp32")) if gold else None
+    ways = ways_of(subject, patches, weights=weights, against=against, gold=known)
+    report = compare(
+        Comparison(model, asked, target, judge, folder, sampling),
+        ways,
+        title=f"{concept.erase}, erased from {base}",
+        command=command,
+        on_picture=on_step and partial(on_step, "pictures"),
+    )
+    processes.agreed(lambda: write_page(report, folder / "report.html"))
+    return report
+
+
+def compare(
+    comparison: Comparison, ways: Sequence[Way], *, title: str, command: str, on_picture: OnPicture | None = None
+) -> dict[str, Any]:
+    """A report as plain JSON values, which is also written as `report.json`.
+
+    All ways draw the same prompts from the same noise as the base; a control is drawn for `CONTROLS` of the answers.
+
+    Args:
+        comparison: What is compared.
+        ways: At least one; the first is what the report is about.
+        title: Of the page.
+        command: Which makes the report again.
+        on_picture: Called as pictures are judged.
+
+    Raises:
+        PatchError: A patch does not fit the base.
+        RecipeError: The base cannot draw pictures of a resolution.
+        OutputError: The folder cannot be written to.
+    """
+    asks = comparison.answers.asks
+    places = [(way, strength, _asks_of(way, asks)) for way in ways for strength in way.strengths]
+    total, done = len(asks) + sum(len(some) for _, _, some in places), 0
+
+    def judged(rows: list[Row]) -> list[Row]:
+        nonlocal done
+        done += len(rows)
+        if on_picture and processes.is_main():
+            on_picture(done, total)
+        return rows
+
+    bare_way = Way(BARE, (0.0,), lambda _: nullcontext(Setting(comparison.base)))
+    bare = _drawn(comparison, bare_way, 0.0, asks)
+    before = dict(zip(asks, bare.pictures, strict=True))
+    rows = judged(_rows(comparison, "base", 0.0, asks, bare, before))
+    for way, strength, some in places:
+        found = _drawn(comparison, way, strength, some)
+        rows += judged(_rows(comparison, way.method.name, strength, some, found, before))
+    report = {
+        "schema": 1,
+        "title": title,
+        "base": comparison.base.name,
+        "target": comparison.target.model_dump(),
+        "evaluator": f"{comparison.evaluator.name}, {comparison.evaluator.version}",
+        "methods": [m.model_dump(mode="json") for m in (BARE, *(way.method for way in ways))],
+        "shown": [p.model_dump() for p in shown_places(ways)],
+        "rows": [row.model_dump(mode="json", exclude_defaults=True) for row in rows],
+        "rulers": _rulers(comparison, before).model_dump(),
+        "measures": [m.model_dump() for way in ways for m in denoise_gaps(comparison, way, before)],
+        "made": made(comparison, command=command),
+    }
+    processes.agreed(lambda: write_file(comparison.folder / "report.json", _json(report)))
+    return report
+
+
+def ways_of(
+    subject: Subject,
+    patches: Mapping[str, Patch],
+    *,
+    weights: Sequence[float] = (1.0,),
+    against: Sequence[str] = (),
+    gold: Base | None = None,
+) -> list[Way]:
+    """Patches, baselines and controls, in the order of a report; what a baseline trains is trained now.
+
+    Args:
+        subject: What all are to erase.
+        patches: By where they are, a folder of which tells the seconds of its training; the controls are the first one's.
+        weights: At which the patches are drawn.
+        against: Names of `BASELINES`.
+        gold: A base that was trained without the concept.
+
+    Raises:
+        RecipeError: No baseline of a name, or one cannot be made for this base.
+        BaseModelError: A baseline is not made for a base of this family.
+    """
+    short = {Path(where).name for where in patches}
+    ways = []
+    for where, patch in patches.items():
+        name = Path(where).name if len(short) == len(patches) else where
+        seconds = read_cost(Path(where))["seconds"]["total"] if (Path(where) / COST).is_file() else None
+        ways.append(patch_way(subject.base, name, patch, strengths=weights, seconds=seconds))
+    ways += [baseline_way(name, subject) for name in dict.fromkeys(against)]
+    if gold:
+        ways.append(gold_way(gold))
+    first = next(iter(patches.values()))
+    layers: Layers = first.info.get("recipe", {}).get("layers") or "esd-x"
+    return [*ways, *control_ways(subject.base, first, layers=layers)]
+
+
+def subject_words(patch: Patch) -> Concept:
+    """The first concept that a patch erases, in words.
+
+    Raises:
+        RecipeError: It does not say.
+    """
+    if not patch.concepts:
+        raise RecipeError("the patch does not say what it erases, and so not what its baselines would have to")
+    return Concept.model_validate(patch.concepts[0])
+
+
+def questions(
+    base: str, patch: Patch, path: Path | None, *, target_seeds: int | None = None, kept_seeds: int = 2
+) -> Answers:
+    """The answer set of a file; without one, the embedded base's of the first concept that a patch erases, without its others.
+
+    Args:
+        base: Name of the model.
+        patch: Erases the target.
+        path: Of the file.
+        target_seeds, kept_seeds: See `emoji_answers`.
+
+    Raises:
+        RecipeError: The file is wrong, or there is none for another base than emoji; the evaluator does
+            not know the concept, or it is the accessory, which no grid asks for.
+    """
+    if path:
+        return read_answers(path)
+    if base != "emoji":
+        raise RecipeError(
+            f"--base {base}: emoji alone has an answer set of its own; give --answers, a YAML or CSV file"
+        )
+    (target, wearer), *others = targets_of(patch)
+    if wearer:
+        raise RecipeError(f"{target}: no grid asks for it; `eval` without --out measures it, or give --answers")
+    without = {name for name, _ in others}
+    return emoji_answers(target, without=without, target_seeds=target_seeds, kept_seeds=kept_seeds)
+
+
+def judge_of(name: str, answers: Answers, *, device: str | None = None) -> Evaluator:
+    """The evaluator of a name, which can see what an answer set wants.
+
+    Raises:
+        BaseModelError: It cannot be loaded.
+        RecipeError: It does not know the target, or what a prompt wants.
+    """
+    evaluator = load_evaluator_by_name(name, kinds=answers.kinds, device=device or "cpu")
+    target = answers.target
+    if target and target.label not in evaluator.kinds.get(target.kind, ()):
+        known = ", ".join(f"{kind}: {len(labels)} labels" for kind, labels in evaluator.kinds.items())
+        raise RecipeError(f"--evaluator {name}: does not know the {target.kind} {target.label}; it has {known}")
+    for ask in answers.asks:
+        judged = {kind: label for kind, label in ask.wanted.items() if kind in evaluator.kinds}
+        if not judged or any(label not in evaluator.kinds[kind] for kind, label in judged.items()):
+            raise RecipeError(f"--evaluator {name}: cannot see what {ask.prompt!r} wants, {dict(ask.wanted)}")
+    return evaluator
+
+
+BARE = Method(name="base", role="base", about="the unchanged model", knob="")
+
+
+def shown_places(ways: Sequence[Way]) -> list[Place]:
+    """What has a column beside the base's: each way but controls at its default, as many as a page has room for."""
+    return [Place(method=w.method.name, strength=w.default) for w in ways if w.method.role != "control"][:12]
+
+
+def spread(asks: Sequence[Ask], n: int) -> list[Ask]:
+    """About n of the answers, evenly: a quarter of them asks for the target, and the rest for something else."""
+    target, kept = (side for _, side in _sides(asks, len(asks)))
+    return [*_every(target, n // 4), *_every(kept, n - n // 4)]
+
+
+def _sides(asks: Sequence[Ask], n: int) -> list[tuple[str, Sequence[Ask]]]:
+    """At most n answers that ask for the target, evenly, and as many that do not, with what each are called."""
+    target, kept = [a for a in asks if a.group == "target"], [a for a in asks if a.group != "target"]
+    return [("the target's", _every(target, n)), ("other", _every(kept, n))]
+
+
+def _every(asks: Sequence[Ask], n: int) -> Sequence[Ask]:
+    return asks[:: max(1, len(asks) // n)][:n]
+
+
+def _asks_of(way: Way, asks: Sequence[Ask]) -> Sequence[Ask]:
+    return spread(asks, CONTROLS) if way.method.role == "control" else asks
+
+
+# ---- pictures and rows -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures, and their paths in the folder of the report."""
+
+    pictures: Pictures
+    paths: Sequence[str]
+
+
+def _drawn(comparison: Comparison, way: Way, strength: float, asks: Sequence[Ask]) -> Drawn:
+    """The pictures of a way at one strength; those that it does not show are black."""
+    own = hashlib.sha256(f"{way.beside} {strength}".encode()).hexdigest()[:12] if way.beside else ""
+    place = Path("pictures") / own
+    with way.at(strength) as setting:
+        added = {"patches": setting.patches, "weights": setting.weights}
+        how: dict[str, Any] = {**vars(comparison.sampling), **added}
+        pictures = draw_answers(setting.base, asks, comparison.folder / place, **how)
+        paths = [(place / name).as_posix() for name in picture_names(setting.base, asks, **how)]
+    if way.passes:
+        passed = way.passes(strength, pictures)
+        shown = [
+            (p, path) if ok else _black(comparison.folder, p)
+            for p, path, ok in zip(pictures, paths, passed, strict=True)
+        ]
+        pictures, paths = [p for p, _ in shown], [path for _, path in shown]
+    return Drawn(pictures, paths)
+
+
+def _black(folder: Path, like: Image.Image) -> tuple[Image.Image, str]:
+    """A black picture as large as another one, and its path in the folder."""
+    black, path = Image.new("RGB", like.size), f"pictures/{BLACK}-{like.width}x{like.height}.png"
+    if processes.is_main() and not (folder / path).is_file():
+        save_picture(black, folder / path)
+    return black, path
+
+
+def _rows(
+    comparison: Comparison,
+    method: str,
+    strength: float,
+    asks: Sequence[Ask],
+    drawn: Drawn,
+    before: Mapping[Ask, Image.Image],
+) -> list[Row]:
+    """What the evaluator sees in pictures, and how far each is from the base's of the same noise."""
+    labels = comparison.evaluator.see(drawn.pictures).labels
+    moved = comparison.moved([before[a] for a in asks], drawn.pictures).tolist()
+    rows = []
+    for i, ask in enumerate(asks):
+        seen = {kind: found[i] for kind, found in labels.items()}
+        wanted = {kind: label for kind, label in ask.wanted.items() if kind in seen}
+        rows.append(
+            Row(
+                method=method,
+                strength=strength,
+                prompt=ask.prompt,
+                seed=ask.seed,
+                group=ask.group,
+                wanted=wanted,
+                seen={kind: seen[kind] for kind in {comparison.target.kind: None, **wanted}},
+                picture=drawn.paths[i],
+                nsfw=not NSFW.isdisjoint(seen.items()),
+                drift=round(moved[i], 6),
+            )
+        )
+    return rows
+
+
+# ---- how far pictures moved ----------------------------------------------------------------------------------------
+
+
+def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers:
+    """The drift of the base from itself: in batches of another size, and from other noise."""
+    base, folder = comparison.base, comparison.folder / "pictures"
+    asks = _every([a for a in comparison.answers.asks if a.group != "target"], RULED)
+    how: dict[str, Any] = vars(comparison.sampling)
+    again = draw_answers(base, asks, folder / "again", batch_size=5, **how)
+    other = draw_answers(base, [replace(a, seed=a.seed ^ OTHER) for a in asks], folder, **how)
+    floor, ceiling = (comparison.moved([before[a] for a in asks], pictures) for pictures in (again, other))
+    return Rulers(floor=floor.mean().item(), ceiling=ceiling.mean().item(), n=len(asks))
+
+
+def denoise_gaps(comparison: Comparison, way: Way, before: Mapping[Ask, Image.Image]) -> list[Measure]:
+    """How much worse a way that is a patch denoises the base's own pictures, asked by their prompts and by the empty one."""
+    base, found = comparison.base, []
+    with way.at(way.default) as setting:
+        if not setting.patches or way.method.role == "control":
+            return []
+        for group, asks in _sides(comparison.answers.asks, RULED):
+            x_0 = latents_of(base, [before[a] for a in asks])
+            gap = denoise_gap(base, setting.patches, [a.prompt for a in asks], x_0, weights=setting.weights)
+            for words, values in (("their prompts", gap.asked), ("the empty prompt", gap.empty)):
+                about = f"denoise gap of {group} pictures, by {words}"
+                low, high = cluster_bootstrap(values.tolist(), [a.prompt for a in asks])
+                spread = {"value": values.mean().item(), "low": low, "high": high, "n": len(asks)}
+                found.append(Measure(method=way.method.name, strength=way.default, about=about, **spread))
+    return found
+
+
+# ---- where it comes from -------------------------------------------------------------------------------------------
+
+
+def made(comparison: Comparison, *, command: str) -> dict[str, Any]:
+    """What a report was made by and from."""
+    base, sampling = comparison.base, comparison.sampling
+    return {
+        "command": command,
+        "settings": {
+            "device": base.device.type,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "scheduler": type(base.pipe.scheduler).__name__,
+            "steps": sampling.steps,
+            "guidance scale": sampling.guidance_scale,
+            "resolution": base.resolution(sampling.resolution),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "hashes": {
+            "base": base.fingerprint,
+            "answers": digest(comparison.answers.asks),
+            "evaluator": comparison.evaluator.digest,
+        },
+    }
+
+
+def _json(report: Mapping[str, Any]) -> bytes:
+    """The report as JSON, each of its rows on a line."""
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in report["rows"])
+    head = json.dumps({**report, "rows": []}, ensure_ascii=False, indent=1)
+    return head.replace('"rows": []', f'"rows": [\n{rows}\n]', 1).encode()

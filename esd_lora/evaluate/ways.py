@@ -1,0 +1,372 @@
+"""The ways that an evaluation compares: patches, what the field has instead of them, and controls, each over its strength.
+
+    Subject ─► Way ─ at(strength) ─► Setting: base, patches, weights ─► pictures ─ passes ─► those that a filter lets through
+
+What a way trains is kept in a folder under its name, the base's fingerprint and the concept, and is not trained again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import yaml
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from esd_lora.bases.base import Base
+from esd_lora.errors import RecipeError
+from esd_lora.evaluate.answers import Target
+from esd_lora.evaluate.baselines import (
+    PRESETS,
+    PostFilter,
+    emoji_filter,
+    full_esd,
+    leco,
+    negative_prompt,
+    safe_latent,
+    separate_negative,
+)
+from esd_lora.evaluate.controls import null_patch, random_like, scrambling_patch
+from esd_lora.evaluate.page import Cost, Method
+from esd_lora.patch import Patch, load_patch, write_file
+from esd_lora.pictures import Pictures
+from esd_lora.recipe import Concept, Layers, Recipe
+from esd_lora.training import COST, train
+
+
+class Setting(NamedTuple):
+    """What draws the pictures of a way at one strength."""
+
+    base: Base
+    patches: Sequence[Patch] = ()
+    weights: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to keep a concept out of pictures, or a control.
+
+    method: As a report lists it.
+    strengths: At which its pictures are drawn.
+    at: Strength → a context inside which the setting draws by it.
+    default: The strength that it is meant to be used at.
+    beside: What acts on its pictures beside base and patches; pictures are kept apart by it.
+    passes: Strength and pictures → which of them are shown; the others are black. None shows all.
+    """
+
+    method: Method
+    strengths: tuple[float, ...]
+    at: Callable[[float], AbstractContextManager[Setting]]
+    default: float = 1.0
+    beside: str = ""
+    passes: Callable[[float, Pictures], Sequence[bool]] | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the ways are to erase.
+
+    base: Draws the pictures.
+    concept: With its words, as prompts have them.
+    target: What the evaluator calls it.
+    folder: Where what is trained is kept.
+    load: Gives the same base in float32, for ways that train.
+    on_step: Called while one trains, with its name, the steps done and their total.
+    """
+
+    base: Base
+    concept: Concept
+    target: Target
+    folder: Path
+    load: Callable[[], Base]
+    on_step: Callable[[str, int, int], None] | None = None
+
+    @cached_property
+    def trainer(self) -> Base:
+        """The base in float32."""
+        return self.load()
+
+    def place(self, name: str) -> Path:
+        """The folder of what a way trains: it follows from the base, the concept and the way."""
+        asked = f"{self.base.fingerprint}\n{self.concept.model_dump_json(by_alias=True)}\n{name}"
+        return self.folder / f"{name.split()[0]}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+
+
+# ---- patches -----------------------------------------------------------------------------------------------------
+
+
+def patch_way(
+    base: Base, name: str, patch: Patch, *, strengths: Sequence[float] = (1.0,), seconds: float | None = None
+) -> Way:
+    """The pictures of a patch at these weights; its cost is told where the seconds of its training are known."""
+    passes = patch.info.get("cost", {}).get("forward_passes")
+    known = seconds is not None and passes is not None
+    cost = Cost(seconds=seconds or 0, passes=passes or 0, bytes=patch.nbytes, passes_per_step=2) if known else None
+    told = f"{len(patch.ranks)} layers of rank {max(patch.ranks.values())}; merged into the weights it is no switch"
+    method = Method(name=name, role="patch", about=told, cost=cost)
+    return Way(method, tuple(strengths), partial(_with_patch, base, patch), _nearest(strengths, 1.0))
+
+
+def _with_patch(base: Base, patch: Patch, weight: float) -> AbstractContextManager[Setting]:
+    return nullcontext(Setting(base, [patch], [weight]))
+
+
+def _nearest(strengths: Sequence[float], to: float) -> float:
+    return min(strengths, key=lambda s: abs(s - to))
+
+
+def control_ways(base: Base, patch: Patch, *, layers: Layers, seed: int = 0) -> list[Way]:
+    """What a measurement is checked by: a patch that changes nothing, one of random numbers as large, one that ruins all.
+
+    Args:
+        base: The model, bare.
+        patch: Whose size the random one has.
+        layers, seed: Of the others.
+
+    Raises:
+        BaseModelError: The preset matches nothing.
+    """
+    rank = max(patch.ranks.values())
+    made = {
+        "null": (null_patch(base, layers, rank), "control: a patch of zeros, which must change nothing"),
+        "random": (random_like(patch, seed), "control: random numbers in the patch's layers, as large as its own"),
+        "scrambling": (scrambling_patch(base, layers, rank, seed=seed), "control: a patch that ruins every picture"),
+    }
+    return [
+        Way(Method(name=name, role="control", about=about), (1.0,), partial(_with_patch, base, control))
+        for name, (control, about) in made.items()
+    ]
+
+
+# ---- what the field has ------------------------------------------------------------------------------------------
+
+
+def baseline_way(name: str, subject: Subject) -> Way:
+    """A baseline over its strength; what it trains is trained now, if it is not in the subject's folder yet.
+
+    Raises:
+        BaseModelError: The base is of a family that it is not made for.
+        RecipeError: There is none of this name, or its classifier does not know the target.
+    """
+    if name not in BASELINES:
+        raise RecipeError(f"--against {name}: unknown; there are {', '.join(BASELINES)}")
+    return BASELINES[name](subject)
+
+
+def _sld(subject: Subject) -> Way:
+    base, words, presets = subject.base, subject.concept.erase, list(PRESETS)
+    method = Method(
+        name="SLD",
+        role="baseline",
+        about="Safe Latent Diffusion, guidance away from the concept: a setting of the pipeline",
+        knob="preset",
+        labels={float(k): preset for k, preset in enumerate(presets, 1)},
+        cost=_for_nothing(3),
+    )
+    return Way(
+        method,
+        tuple(method.labels),
+        lambda k: _inside(base, safe_latent(base, words, presets[int(k) - 1])),
+        default=2.0,
+        beside=f"sld {words}",
+    )
+
+
+def _negative_prompt(subject: Subject) -> Way:
+    base, words = subject.base, subject.concept.erase
+    method = Method(
+        name="negative prompt",
+        role="baseline",
+        about="the concept as the pipeline's negative prompt: a setting of the pipeline",
+        knob="strength",
+        cost=_for_nothing(2),
+    )
+    at = partial(_guided, base, lambda w: negative_prompt(base, words, strength=w))
+    return Way(method, (0.5, 1.0, 2.0), at, beside=f"negative prompt {words}")
+
+
+def _separate_negative(subject: Subject) -> Way:
+    base, words = subject.base, subject.concept.erase
+    method = Method(
+        name="separate negative",
+        role="baseline",
+        about="a third prediction, for the concept, is guided away from: a setting of the pipeline",
+        knob="scale",
+        cost=_for_nothing(3),
+    )
+    at = partial(_guided, base, lambda scale: separate_negative(base, words, scale=scale))
+    return Way(method, (2.5, 5.0, 7.5), at, default=5.0, beside=f"separate negative {words}")
+
+
+def _filter(subject: Subject) -> Way:
+    if subject.base.name != "emoji":
+        raise RecipeError(
+            f"--against filter: emoji alone comes with a classifier to filter by, not {subject.base.name}"
+        )
+    method = Method(
+        name="post-filter",
+        role="baseline",
+        about="a second classifier blacks pictures out: a step of the pipeline",
+        knob="threshold",
+        cost=_for_nothing(2),
+    )
+    classifier = emoji_filter(subject.target.label).classifier
+
+    def passes(threshold: float, pictures: Pictures) -> list[bool]:
+        return PostFilter(classifier, threshold).filtered(pictures).passed
+
+    return Way(method, (0.1, 0.5, 0.9), lambda _: nullcontext(Setting(subject.base)), default=0.5, passes=passes)
+
+
+def _full_esd(subject: Subject, *, layers: Literal["esd-x", "esd-u"]) -> Way:
+    tuned = _numbers(layers, subject.base)
+    place = subject.place(f"{layers} {sorted(tuned.items())}")
+    path = place / "change.safetensors"
+    if not path.is_file():
+        started, frozen = time.perf_counter(), subject.trainer
+        step = _told(subject, layers, tuned["steps"])
+        found = full_esd(frozen, subject.concept.erase, layers=layers, on_step=step, **tuned)
+        before = dict(frozen.denoiser.named_parameters())
+        after = dict(found.base.denoiser.named_parameters())
+        change = {n: w.detach() - before[n] for n, w in after.items() if not torch.equal(w, before[n])}
+        _note_cost(place, seconds=time.perf_counter() - started, passes=found.passes)
+        write_file(path, save({n: w.contiguous().cpu() for n, w in change.items()}))
+    change = load_file(path)
+    name, what = {"esd-x": ("ESD-x", "cross-attention"), "esd-u": ("ESD-u", "all but cross-attention")}[layers]
+    method = Method(
+        name=f"{name}, fine-tuned",
+        role="baseline",
+        about=f"the authors' way: whole weights, {what}, a fresh trajectory for every step",
+        cost=_cost(place, size=path.stat().st_size),
+    )
+    return Way(method, TRAINED, partial(_changed, subject.base, change), beside=place.name)
+
+
+def _leco(subject: Subject) -> Way:
+    tuned = _numbers("leco", subject.base)
+    method = Method(name="LECO", role="baseline", about="an adapter of all attention, by LECO's loss and schedule")
+    make = partial(leco, concept=subject.concept.erase, on_step=_told(subject, "leco", tuned["iterations"]), **tuned)
+    return _trained(subject, method, f"leco {sorted(tuned.items())}", make)
+
+
+def _uce(subject: Subject) -> Way:
+    recipe = Recipe(base=subject.base.name, concepts=(subject.concept,), objective="closed-form", eta=0.0)
+    method = Method(name="UCE", role="baseline", about="Unified Concept Editing: cross-attention k and v, solved for")
+    return _trained(subject, method, "uce", partial(train, recipe))
+
+
+BASELINES: Mapping[str, Callable[[Subject], Way]] = {
+    "sld": _sld,
+    "negative-prompt": _negative_prompt,
+    "separate-negative": _separate_negative,
+    "filter": _filter,
+    "esd-x": partial(_full_esd, layers="esd-x"),
+    "esd-u": partial(_full_esd, layers="esd-u"),
+    "leco": _leco,
+    "uce": _uce,
+}
+"""What the field has instead of a patch, by the names of `eval --against`."""
+
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "esd-x": {"steps": 200, "lr": 5e-5},
+    "esd-u": {"steps": 200, "lr": 1e-5},
+    "leco": {"iterations": 500, "lr": 1e-4},
+}
+"""What the authors train Stable Diffusion with."""
+
+ON_EMOJI: Mapping[str, Mapping[str, Any]] = {
+    "esd-x": {"steps": 200, "lr": 2e-4},
+    "esd-u": {"steps": 200, "lr": 2e-4},
+    "leco": {"iterations": 200, "lr": 1e-3},
+}
+"""What erases as much of the embedded base, on which their own erase too little; see benchmarks/speed.py."""
+
+TRAINED = (0.5, 1.0, 1.5)
+"""Weights of what is trained."""
+
+
+def gold_way(gold: Base) -> Way:
+    """The pictures of a base that was trained from nothing without the concept."""
+    about = "trained from nothing without the concept: what perfect erasure looks like"
+    method = Method(name="data filtering", role="baseline", about=about, knob="")
+    return Way(method, (1.0,), lambda _: nullcontext(Setting(gold)))
+
+
+# ---- what they are made of ---------------------------------------------------------------------------------------
+
+
+def _for_nothing(passes_per_step: float) -> Cost:
+    """The cost of what is not trained."""
+    return Cost(seconds=0, passes=0, bytes=0, passes_per_step=passes_per_step)
+
+
+@contextmanager
+def _inside(base: Base, context: AbstractContextManager[None]) -> Iterator[Setting]:
+    with context:
+        yield Setting(base)
+
+
+def _guided(
+    base: Base, guidance: Callable[[float], AbstractContextManager[None]], strength: float
+) -> AbstractContextManager[Setting]:
+    return _inside(base, guidance(strength))
+
+
+def _trained(subject: Subject, method: Method, name: str, make: Callable[[Base], Patch]) -> Way:
+    """The way of a patch that is trained now, or was."""
+    place = subject.place(name)
+    if not (place / COST).is_file():
+        started, base = time.perf_counter(), subject.trainer
+        patch = make(base)
+        patch.save(place)
+        _note_cost(place, seconds=time.perf_counter() - started, passes=patch.info["cost"]["forward_passes"])
+    patch = load_patch(place)
+    told = method.model_copy(update={"cost": _cost(place, size=patch.nbytes)})
+    return Way(told, TRAINED, partial(_with_patch, subject.base, patch))
+
+
+def _numbers(name: str, base: Base) -> Mapping[str, Any]:
+    return (ON_EMOJI if base.name == "emoji" else OWN)[name]
+
+
+def _told(subject: Subject, name: str, total: int) -> Callable[[int, int, Base], None]:
+    """What a training calls after each step."""
+
+    def step(done: int, _passes: int, _trained: Base) -> None:
+        if subject.on_step:
+            subject.on_step(name, done, total)
+
+    return step
+
+
+def _note_cost(place: Path, *, seconds: float, passes: int) -> None:
+    write_file(place / COST, yaml.safe_dump({"seconds": {"total": round(seconds, 3)}, "passes": passes}).encode())
+
+
+def _cost(place: Path, *, size: int) -> Cost:
+    told = yaml.safe_load((place / COST).read_text())
+    return Cost(seconds=told["seconds"]["total"], passes=told["passes"], bytes=size, passes_per_step=2)
+
+
+@contextmanager
+def _changed(base: Base, change: Mapping[str, Tensor], weight: float) -> Iterator[Setting]:
+    """Inside, the base's own weights are W + w ΔW."""
+    weights = dict(base.denoiser.named_parameters())
+    before = {name: weights[name].detach().clone() for name in change}
+    try:
+        with torch.no_grad():
+            for name, delta in change.items():
+                weights[name].copy_(before[name].float() + weight * delta.to(base.device))
+        yield Setting(base)
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                weights[name].copy_(value)

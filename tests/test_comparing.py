@@ -1,0 +1,278 @@
+"""Comparisons: all ways draw the same answers, and the report says what was seen, whatever was drawn before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import Call, same, weights_of
+
+from esd_lora.bases import Base, load_base
+from esd_lora.compose import attach
+from esd_lora.emoji.vocabulary import prompt
+from esd_lora.errors import RecipeError
+from esd_lora.evaluate import ways
+from esd_lora.evaluate.answers import Answers, Ask, Target
+from esd_lora.evaluate.comparing import (
+    Comparison,
+    Sampling,
+    compare,
+    evaluate_patches,
+    judge_of,
+    questions,
+    shown_places,
+    spread,
+    ways_of,
+)
+from esd_lora.evaluate.evaluators import Seen
+from esd_lora.evaluate.page import Method, make_report, points_of, write_page
+from esd_lora.evaluate.ways import BASELINES, Subject, baseline_way
+from esd_lora.patch import Patch
+from esd_lora.pictures import Pictures
+from esd_lora.recipe import Concept, Recipe
+from esd_lora.training import train
+
+CAT = Target(kind="object", label="cat")
+ASKS = tuple(
+    Ask(f"a {name}", seed, {"object": name}, "target" if name == "cat" else "unrelated")
+    for name in ("cat", "dog", "fox")
+    for seed in range(8)
+)
+
+
+class Brightness:
+    """Sees a cat in the darker half of what there is to see, and a dog in the rest."""
+
+    name, version, digest = "brightness", "1", "0" * 64
+    kinds: Mapping[str, tuple[str, ...]] = {"object": ("cat", "dog", "fox")}
+
+    def see(self, pictures: Pictures) -> Seen:
+        values = [float(np.asarray(p.convert("L")).mean()) for p in pictures]
+        return Seen({"object": ["cat" if v < 128 else "dog" for v in values]}, [{"mean": v} for v in values])
+
+
+@pytest.fixture
+def comparison(base: Base, tmp_path: Path) -> Comparison:
+    return Comparison(base, Answers(ASKS, CAT), CAT, Brightness(), tmp_path / "report", Sampling(steps=2))
+
+
+@pytest.fixture
+def subject(base: Base, tiny_folder: Path, tmp_path: Path) -> Subject:
+    load = partial(load_base, str(tiny_folder), device="cpu")
+    return Subject(base, Concept(erase="cat"), CAT, tmp_path / "report" / "methods", load=load)
+
+
+def test_every_way_draws_the_same_answers_and_controls_do_what_they_must(
+    comparison: Comparison, subject: Subject, patch: Patch
+) -> None:
+    before = weights_of(comparison.base)
+    told: list[tuple[int, int]] = []
+    found = ways_of(subject, {"runs/cat": patch}, weights=[0.5, 1.0], against=["sld", "negative-prompt"])
+    report = compare(comparison, found, title="A cat", command="esd-lora eval", on_picture=lambda *n: told.append(n))
+    assert same(weights_of(comparison.base), before)
+    assert told[-1] == (len(report["rows"]), len(report["rows"]))
+    places = {(p.method.name, p.strength): p for p in points_of(make_report(report))}
+    assert {name for name, _ in places} == {"base", "cat", "SLD", "negative prompt", "null", "random", "scrambling"}
+    asked = {(a.prompt, a.seed) for a in ASKS}
+    for (name, _), point in places.items():
+        cells = {(r.prompt, r.seed) for r in point.rows}
+        assert cells == asked or (name in ("null", "random", "scrambling") and cells < asked)
+
+    def bytes_of(name: str, strength: float) -> list[bytes]:
+        return [(comparison.folder / str(r.picture)).read_bytes() for r in places[name, strength].rows]
+
+    null = places["null", 1.0]
+    assert [r.drift for r in null.rows] == [0.0] * len(null.rows)
+    assert bytes_of("null", 1.0) == [(comparison.folder / str(r.picture)).read_bytes() for r in null.bare]
+    assert bytes_of("cat", 0.5) != bytes_of("cat", 1.0) != bytes_of("base", 0.0)
+    assert bytes_of("SLD", 1.0) != bytes_of("SLD", 4.0)
+    rulers = make_report(report).rulers
+    assert places["scrambling", 1.0].drift(rulers) > places["null", 1.0].drift(rulers)  # type: ignore[operator]
+    assert write_page(report, comparison.folder / "report.html").stat().st_size > 10_000
+    gaps = {m["about"]: m["value"] for m in report["measures"]}
+    assert len(gaps) == 4
+    assert all(value != 0 for value in gaps.values())  # the patch changes what it denoises
+
+
+def test_a_comparison_that_is_made_again_draws_nothing_and_says_the_same(
+    comparison: Comparison, subject: Subject, patch: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = ways_of(subject, {"runs/cat": patch}, against=["separate-negative"])
+    first = compare(comparison, found, title="A cat", command="esd-lora eval")
+    text = (comparison.folder / "report.json").read_text()
+    assert json.loads(text) == first
+    assert sum(line.startswith('{"method"') for line in text.splitlines()) == len(first["rows"])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr("esd_lora.evaluate.answers.generate", refuse)
+    assert compare(comparison, found, title="A cat", command="esd-lora eval") == first
+
+
+def test_what_a_filter_holds_back_is_black_and_counts_as_gone(comparison: Comparison, patch: Patch) -> None:
+    way = ways.patch_way(comparison.base, "cat", patch)
+    filtered = ways.Way(
+        Method(name="filter", role="baseline"),
+        (0.0, 1.0),
+        lambda _: nullcontext(ways.Setting(comparison.base)),
+        passes=lambda strength, pictures: [strength > 0] * len(pictures),
+    )
+    report = compare(comparison, [filtered, way], title="A cat", command="esd-lora eval")
+    rows = [r for r in report["rows"] if r["method"] == "filter"]
+    assert {r["picture"] for r in rows if r["strength"] == 0} == {"pictures/black-16x16.png"}
+    assert {r["seen"]["object"] for r in rows if r["strength"] == 0} == {
+        "cat"
+    }  # which is how this evaluator sees black
+    bare = {(r["prompt"], r["seed"]): r["picture"] for r in report["rows"] if r["method"] == "base"}
+    assert all(r["picture"] == bare[r["prompt"], r["seed"]] for r in rows if r["strength"] == 1)
+
+
+@pytest.mark.parametrize("name", ["esd-x", "esd-u", "leco"])
+def test_what_is_trained_is_trained_once_acts_by_its_weight_and_leaves_the_base_as_it_was(
+    name: str, subject: Subject, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short: dict[str, Any] = {"iterations": 2, "lr": 1e-2} if name == "leco" else {"steps": 2, "lr": 1e-2}
+    monkeypatch.setattr(ways, "OWN", {**ways.OWN, name: short})
+    steps: list[tuple[str, int, int]] = []
+    told = replace(subject, on_step=lambda *step: steps.append(step))
+    way = baseline_way(name, told)
+    assert steps == [(name, 1, 2), (name, 2, 2)]
+    assert way.method.cost
+    assert way.method.cost.passes > 0
+
+    def refuse() -> Base:
+        raise AssertionError("trained again")
+
+    again = baseline_way(name, replace(subject, load=refuse))
+    assert again.method == way.method
+    before = weights_of(subject.base)
+    x, t = subject.base.noise([0]), torch.tensor([500])
+    drawn = []
+    for strength in (0.0, 0.5, 1.0):
+        with again.at(strength) as setting:
+            attach(setting.base, setting.patches, setting.weights)
+            drawn.append(setting.base.predict(x, t, setting.base.encode(["a cat"])))
+            setting.base.remove_adapters()
+    bare = subject.base.predict(x, t, subject.base.encode(["a cat"]))
+    # at 0 nothing is left but the sum W + 0, which is W
+    assert torch.equal(drawn[0], bare)
+    assert (drawn[1] - bare).norm() > 0
+    assert (drawn[2] - bare).norm() > (drawn[1] - bare).norm()
+    assert same(weights_of(subject.base), before)
+
+
+def test_a_baseline_of_another_concept_or_base_is_trained_apart(subject: Subject) -> None:
+    other = replace(subject, concept=Concept(erase="dog"))
+    assert subject.place("uce") != other.place("uce")
+    assert subject.place("uce") == replace(subject).place("uce")
+    assert subject.place("uce") != subject.place("leco")
+
+
+def test_controls_are_spread_over_both_sides() -> None:
+    some = spread(ASKS, 12)
+    assert [a.group for a in some].count("target") == 3
+    assert {a.prompt for a in some} == {"a cat", "a dog", "a fox"}
+    assert spread(ASKS, 1000) == list(ASKS)
+
+
+def test_a_page_shows_each_way_at_its_default_without_controls(subject: Subject, patch: Patch) -> None:
+    found = ways_of(subject, {"runs/cat": patch}, weights=[0.5, 0.9], against=["sld"])
+    assert [(p.method, p.strength) for p in shown_places(found)] == [("cat", 0.9), ("SLD", 2.0)]
+
+
+def test_what_cannot_be_compared_is_one_line(subject: Subject, base: Base, patch: Patch, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^--against sdl: unknown; there are sld, negative-prompt, "):
+        baseline_way("sdl", subject)
+    with pytest.raises(RecipeError, match=r"^--against filter: emoji alone comes with a classifier to filter by, not "):
+        baseline_way("filter", subject)
+    with pytest.raises(RecipeError, match="emoji alone has an answer set of its own; give --answers"):
+        questions("some/base", patch, None)
+    path = tmp_path / "set.yaml"
+    path.write_text("prompts: [{prompt: a church, wanted: {object: church}}]\n")
+    with pytest.raises(RecipeError, match="names no target, such as"):
+        evaluate_patches("some/base", {"cat": patch}, tmp_path, answers=path, command="")
+    path.write_text("target: {kind: object, label: church}\n" + path.read_text())
+    with pytest.raises(
+        RecipeError, match=r"^--evaluator emoji: does not know the object church; it has object: 21 labels"
+    ):
+        judge_of("emoji", questions("some/base", patch, path))
+    hat = Patch(patch.tensors, {"recipe": {"concepts": [{"erase": "party hat", "from": "cat"}]}})
+    with pytest.raises(RecipeError, match="no grid asks for it"):
+        questions("emoji", hat, None)
+
+
+# ---- on the embedded base ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cat_on_emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a patch that erases the cat from the embedded base, made without training."""
+    recipe = Recipe(base="emoji", concepts=(Concept(erase="cat"),), objective="closed-form")
+    out = tmp_path_factory.mktemp("run") / "cat"
+    train(recipe, load_base("emoji", device="cpu"), out=out)
+    return out
+
+
+def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, call: Call) -> None:
+    entries = [
+        {"prompt": prompt(obj, style), "wanted": {"object": obj, "style": style}, "seeds": 4}
+        for obj, style in [("cat", "ink"), ("cat", "neon"), ("car", "ink"), ("moon", "neon")]
+    ]
+    answers = {"target": {"kind": "object", "label": "cat"}, "prompts": entries}
+    Path("set.yaml").write_text(yaml.safe_dump(answers))
+    asked = ["--base", "emoji", "--patch", cat_on_emoji, "--answers", "set.yaml", "--steps", 10, "--out", "report"]
+    told = call("eval", *asked, "--against", "filter", "--against", "negative-prompt", "--quiet")
+    assert (told.code, told.err) == (0, "")
+    assert "report/report.html" in told.out
+    report = make_report(json.loads(Path("report/report.json").read_text()))
+    points = {p.key: p for p in points_of(report)}
+    # of eight pictures each: the base draws most cats, the closed form and the filter leave hardly any
+    assert points["base@0"].erased.value <= 0.25
+    assert points["cat@1"].erased.value >= 0.75
+    assert points["post-filter@0.5"].erased.value >= 0.75
+    assert points["cat@1"].kept.value >= 0.75
+    assert points["scrambling@1"].kept.value <= 0.25
+    assert points["null@1"].drift(report.rulers) == pytest.approx(0, abs=0.05)
+    assert report.made.command.startswith("esd-lora eval --base emoji --patch ")
+    assert call("report", "report").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ["--against", "sld"],
+            "--answers, --against, --gold, --weight and bases other than emoji need --out, for a report",
+        ),
+        (
+            ["--out", "report", "--answers", "none.yaml"],
+            "none.yaml: cannot read the answer set: No such file or directory",
+        ),
+        (["--out", "report", "--evaluator", "eye"], "evaluator eye: unknown; there are emoji, clip:MODEL, "),
+        (["--out", "report", "--against", "sdl"], "--against sdl: unknown; there are sld, "),
+    ],
+)
+def test_what_the_command_line_cannot_compare_is_one_line_and_leaves_nothing(
+    options: list[str], told: str, cat_on_emoji: Path, call: Call
+) -> None:
+    found = call("eval", "--base", "emoji", "--patch", cat_on_emoji, "--quiet", *options)
+    assert (found.code, found.out) == (2, "")
+    assert found.err.startswith(f"error: {told}")
+    assert found.err.count("\n") == 1
+    assert not Path("report").exists()
+
+
+def test_the_help_lists_every_baseline() -> None:
+    from esd_lora.cli import AGAINST
+
+    assert AGAINST.rstrip(".").split(", ") == list(BASELINES)
