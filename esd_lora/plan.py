@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from esd_lora import adversary
 from esd_lora.bases import DTYPES, FAMILIES, Base
 from esd_lora.bases.facts import Facts, facts_of, on_meta, size_of
 from esd_lora.recipe import DType, Recipe
@@ -42,6 +43,8 @@ class Passes:
     """Trajectories of the concepts, with the teacher's predictions."""
     preservation: int
     """Trajectories of the prompts to preserve."""
+    adversary: int
+    """Searches for soft words, with the teacher's predictions; only with `robust`."""
     training: int
     total: int
     per_example: float
@@ -161,7 +164,7 @@ def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int,
         told_guidance: Whether the base's denoiser is told the guidance scale, so that nothing is predicted twice for it.
     """
     if recipe.objective == "closed-form":
-        return Passes(0, 0, 0, 0, 0.0, None)
+        return Passes(0, 0, 0, 0, 0, 0.0, None)
     _, erase, preserve = questions_of(resolve(recipe))
     edited = recipe.x_t == "edited"
     banks = math.ceil(recipe.steps / recipe.refresh_every) if edited else 1
@@ -171,10 +174,11 @@ def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int,
     preservation = denoising_steps(preserve_steps(recipe, preserve)) * sum(
         len(set(q.roles(guided=False))) for q in preserve
     )
+    searching = recipe.robust * len({q.s for q in erase}) * adversary.passes(recipe.batch_size)
     training = 3 * recipe.steps * _rows(recipe)
-    total = concepts + preservation + training
+    total = concepts + preservation + searching + training
     each = total / (recipe.steps * recipe.batch_size)
-    return Passes(concepts, preservation, training, total, each, AUTHORS_PER_EXAMPLE / each)
+    return Passes(concepts, preservation, searching, training, total, each, AUTHORS_PER_EXAMPLE / each)
 
 
 def _rows(recipe: Recipe) -> int:
@@ -189,13 +193,16 @@ def _rows(recipe: Recipe) -> int:
 def _memory(recipe: Recipe, base: Base, facts: Facts, *, adapters: int) -> Memory:
     """Bytes by what they are for; adapters counts their numbers, trained or not."""
     each = DTYPES[recipe.dtype].itemsize
-    trained, activations = 0, 0
+    trained, activations, searching = 0, 0, 0
     weights = each * (size_of(base.denoiser.parameters()) - adapters)
     encoders = each * facts.text_encoder_parameters
     if recipe.objective != "closed-form":
         trained, how = size_of(base.adapter_parameters()), recipe.gradient_checkpointing
         activations = step_bytes(base, rows=_rows(recipe), resolution=recipe.resolution, checkpointing=how)
-    peak = max(encoders, weights + 4 * adapters + 2 * 4 * trained + activations)
+        if recipe.robust:  # the encoders' own activations, of one prompt, are left out
+            rows = adversary.BATCH * recipe.batch_size
+            searching = encoders + step_bytes(base, rows=rows, resolution=recipe.resolution, checkpointing=how)
+    peak = max(encoders, weights + 4 * adapters + 2 * 4 * trained + max(activations, searching))
     return Memory(weights, 4 * adapters, 2 * 4 * trained, activations, encoders, peak)
 
 

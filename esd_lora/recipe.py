@@ -59,8 +59,8 @@ class Concept(BaseModel):
     )
     synonyms: Annotated[tuple[Words, ...], BeforeValidator(_sequence)] = Field(
         (),
-        description="Other words for the concept: closed-form keys answer to them too, and the default `preserve` leaves "
-        "them out.",
+        description="Other words for the concept: closed-form keys answer to them too, the default `preserve` leaves them "
+        "out, and with `robust` the concept is erased for them as well.",
     )
 
     @model_validator(mode="before")
@@ -153,6 +153,12 @@ class Recipe(BaseModel):
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up of the learning rate.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    robust: int = Field(
+        0,
+        ge=0,
+        description="Rounds of an adversary, evenly spaced over the steps: each finds soft words with which the edited model "
+        "still draws the concept, and from then on it is erased for them too; 0 for none.",
+    )
     resolution: int | None = Field(
         None, ge=8, multiple_of=8, description="Side of the pictures in pixels. Default: the base's own."
     )
@@ -184,6 +190,12 @@ class Recipe(BaseModel):
             raise ValueError(f"objective: closed-form is for layers esd-x-strict, not {self.layers}")
         if self.objective == "authors" and self.eta <= 1 and any(not c.anchor for c in self.concepts):
             raise ValueError(f"eta: must be above 1 with objective authors, where 1 changes nothing, got {self.eta:g}")
+        if self.robust and self.objective == "closed-form":
+            raise ValueError("robust: nothing is trained with objective closed-form; use objective: paper")
+        if self.robust and self.robust >= self.steps:
+            raise ValueError(
+                f"robust: must be below the {self.steps} steps, for each round is between two, got {self.robust}"
+            )
         return self
 
     def eta_of(self, concept: Concept) -> float:

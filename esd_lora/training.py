@@ -6,7 +6,7 @@ The loop does nothing but gradient steps: prompts are encoded and targets record
 and are read every few steps. A run writes a checkpoint now and then, and when it is told to stop; continued from it, the
 patch is the same, bit for bit, as that of a run that was never interrupted, because batches follow from the seed and the
 step alone. Several processes share the trajectories and every batch, and add up their gradients, so that a recipe means the
-same however many there are.
+same however many there are. Where a recipe is robust, an adversary looks for soft words between steps (`esd_lora.adversary`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from esd_lora import processes
+from esd_lora import adversary, processes
 from esd_lora.bases import DTYPES
 from esd_lora.bases.base import Base, Condition
 from esd_lora.checkpoint import Checkpoints
@@ -40,6 +40,7 @@ from esd_lora.folder import RECIPE, finished_run, locked
 from esd_lora.patch import Patch, write_file
 from esd_lora.recipe import Recipe
 from esd_lora.signals import Signals, stop
+from esd_lora.softwords import unused_words, vocabulary_of
 from esd_lora.stopwatch import Stopwatch
 from esd_lora.trajectories import Bank, Question, default_preserve, preserve_steps, questions_of, record
 
@@ -59,7 +60,8 @@ class Run:
     recipe: Recipe
     base: Base
     accelerator: Accelerator
-    conditions: Condition
+    conditions: Condition  # of the prompts, and then of what the adversary has found
+    prompts: int
     erase: list[Question]
     preserve: list[Question]
     optimizer: Any
@@ -72,6 +74,16 @@ class Run:
     signals: Signals = field(default_factory=Signals)
     checkpoints: Checkpoints | None = None
     on_stage: Callable[[str, int, int], None] | None = None
+
+    @property
+    def found(self) -> Condition:
+        """The conditions of the adversary's soft words: in each round some for each prompt to erase, in turn."""
+        return self.conditions[slice(self.prompts, None)]
+
+    @property
+    def asked(self) -> list[int]:
+        """Rows of the prompts to erase."""
+        return list(dict.fromkeys(q.s for q in self.erase))
 
 
 def train(
@@ -180,10 +192,13 @@ def _check_environment(recipe: Recipe, base: Base, out: Path | None) -> None:
     """Nothing, if this machine and this base can do what the recipe asks for.
 
     Raises:
-        RecipeError: A package is missing, the precision is not for this device or not the base's, or a batch is too
-            small for so many processes.
+        RecipeError: A package is missing, the precision is not for this device or not the base's, a batch is too small for
+            so many processes, or the base has too few words for an adversary.
+        BaseModelError: It has none.
     """
     base.check(recipe)
+    if recipe.robust:
+        unused_words(vocabulary_of(base), adversary.WORDS, beside=())
     if recipe.batch_size < processes.count():
         many = processes.count()
         raise RecipeError(
@@ -223,7 +238,7 @@ def _begin(recipe: Recipe, base: Base, out: Path | None, watch: Stopwatch) -> Ru
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     losses = torch.zeros(recipe.steps, device=base.device)
     checkpoints = Checkpoints(out) if out else None
-    parts = (recipe, base, accelerator, conditions, erase, preserve, optimizer, schedule, losses, watch)
+    parts = (recipe, base, accelerator, conditions, len(prompts), erase, preserve, optimizer, schedule, losses, watch)
     return Run(*parts, checkpoints=checkpoints)
 
 
@@ -235,6 +250,7 @@ def _loop(
     """All steps that are left, with looks at the losses, samples and checkpoints between them."""
     recipe = run.recipe
     while run.step < recipe.steps:
+        _search(run)
         with run.watch.stage("trajectories"):
             _fill_banks(run)
         _step(run)
@@ -265,6 +281,39 @@ def _stop_if_told(run: Run) -> None:
         if run.step and torch.isfinite(run.losses).all() and _adapters_finite(run):
             _save(run)
         raise stop(came)
+
+
+def _search(run: Run) -> None:
+    """Have the adversary find soft words, in the rounds that are due; they are looked for on the bank of the step before."""
+    recipe = run.recipe
+    due = len(run.asked) * adversary.rounds_due(recipe.robust, step=run.step, steps=recipe.steps)
+    if len(run.found) == due:
+        return
+
+    def on_step(done: int, of: int) -> None:
+        _stop_if_told(run)  # what is half found is looked for again
+        if run.on_stage:
+            run.on_stage("adversary", done, of)
+
+    with run.watch.stage("adversary"):
+        for number in range(len(run.found), due):
+            found = adversary.find(
+                run.base,
+                run.banks["erase"],
+                run.conditions,
+                run.asked[number % len(run.asked)],
+                batch_size=recipe.batch_size,
+                seed=_seed(recipe.seed, "adversary", number),
+                mine=_mine(run),
+                on_step=on_step,
+            )
+            run.conditions = Condition.cat([run.conditions, found])
+            run.passes += adversary.passes(recipe.batch_size)
+
+
+def _mine(run: Run) -> slice:
+    """This process's share of a batch."""
+    return slice(run.accelerator.process_index, None, run.accelerator.num_processes)
 
 
 def _fill_banks(run: Run) -> None:
@@ -313,16 +362,15 @@ def _step(run: Run) -> None:
     """One gradient step on a batch of erasing and, where asked for, as many preserving examples."""
     recipe, accelerator = run.recipe, run.accelerator
     x, t, target, s, weight = [], [], [], [], []
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    mine = _mine(run)
     for kind, (name, bank) in enumerate(run.banks.items()):
-        order = _rows(len(bank), run.step, recipe, kind)[mine]
-        if bank.x.device.type == "cuda":
-            order = order.pin_memory()
-        rows = order.to(bank.x.device, non_blocking=True)
+        order = _rows(len(bank), run.step, recipe, kind)
+        rows = _sent(order[mine], bank.x.device)
         x.append(bank.x[rows])
         t.append(bank.t[rows])
         target.append(bank.target[rows])
-        s.append(bank.s[rows])
+        robust = recipe.robust and name == "erase"
+        s.append(_sent(_forms(run, order)[mine], bank.x.device) if robust else bank.s[rows])
         factor = recipe.preserve_weight if name == "preserve" else 1.0
         weight.append(torch.full((len(rows),), factor / recipe.batch_size, device=bank.x.device))
     with run.watch.stage("student"):
@@ -350,7 +398,27 @@ def _rows(size: int, step: int, recipe: Recipe, kind: int) -> Tensor:
     return torch.stack([orders[int(w) // size][int(w) % size] for w in wanted])
 
 
-def _seed(*parts: int) -> int:
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, which is not waited for."""
+    return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+
+
+def _forms(run: Run, order: Tensor) -> Tensor:
+    """What these examples to erase are asked for with: s, one of its synonyms, or soft words found for it, as often each.
+
+    Which one follows from the step alone, and from what the adversary has found by then.
+    """
+    questions = [run.erase[int(i) % len(run.erase)] for i in order]  # trajectories are recorded question by question
+    generator = torch.Generator().manual_seed(_seed(run.recipe.seed, "forms", run.step))
+    chosen = []
+    for q, u in zip(questions, torch.rand(len(order), generator=generator).tolist(), strict=True):
+        found = range(run.prompts + run.asked.index(q.s), len(run.conditions), len(run.asked))
+        forms = [q.s, *q.forms, *found]
+        chosen.append(forms[int(u * len(forms))])
+    return torch.tensor(chosen)
+
+
+def _seed(*parts: object) -> int:
     """A 62-bit seed that follows from the parts and from nothing else."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8]) >> 2
 
@@ -385,12 +453,15 @@ def _save(run: Run) -> None:
     """Write everything that the rest of the run depends on, where the run has a folder."""
     if not run.checkpoints:
         return
-    banks = {f"{name}.{k}": v for name, bank in run.banks.items() for k, v in bank.tensors().items()}
+    parts = {name: bank.tensors() for name, bank in run.banks.items()}
+    if run.recipe.robust:
+        parts["found"] = dict(run.found.tensors)
+    recorded = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.items()}
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
     save = partial(
         run.checkpoints.save,
         run.step,
-        {**run.base.adapter_state(), **banks, "losses": run.losses},
+        {**run.base.adapter_state(), **recorded, "losses": run.losses},
         optimizer=run.optimizer.state_dict(),
         state={
             "step": run.step,
@@ -425,10 +496,14 @@ def _restore(run: Run, checkpoints: Checkpoints) -> None:
     run.schedule.load_state_dict(state["schedule"])
     if run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    for name in ("erase", "preserve"):
-        part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-        if part:
-            run.banks[name] = Bank(**{k: v.to(run.base.device) for k, v in part.items()})
+
+    def part(name: str) -> dict[str, Tensor]:
+        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        return {k: v.to(run.base.device) for k, v in own.items()}
+
+    run.banks = {name: Bank(**fields) for name in ("erase", "preserve") if (fields := part(name))}
+    if run.recipe.robust:
+        run.conditions = Condition.cat([run.conditions, Condition(part("found"))])
     run.losses.copy_(tensors["losses"])
     run.step, run.passes = state["step"], state["passes"]
 

@@ -66,13 +66,15 @@ PLAIN = frozenset(["a", "an", "the", "of", "in", "on", "with", "and", "or", "sty
 class Question:
     """What the student is asked, in rows of the encoded prompts; row 0 is the empty prompt.
 
-    s: the student's prompt; c: the concept; a: the anchor; eta: η, 0 for a prompt to preserve.
+    s: the student's prompt; c: the concept; a: the anchor; eta: η, 0 for a prompt to preserve; forms: prompts that robust
+    training asks with as well as with s.
     """
 
     s: int
     c: int
     a: int
     eta: float
+    forms: tuple[int, ...] = ()
 
     def roles(self, *, guided: bool) -> tuple[int, int, int, int]:
         """The rows of s, ∅, c and a; where neither guidance nor η asks for ∅, s stands in, which is predicted once."""
@@ -126,7 +128,9 @@ def questions_of(recipe: Recipe) -> tuple[list[str], list[Question], list[Questi
     erase = []
     for concept in recipe.concepts:
         s, c, a = row(concept.prompt), row(concept.erase), row(concept.anchor)
-        erase.append(Question(s, c, a, recipe.eta_of(concept)))
+        # the prompt to erase from has none
+        forms = map(row, concept.synonyms) if recipe.robust and not concept.from_ else ()
+        erase.append(Question(s, c, a, recipe.eta_of(concept), tuple(forms)))
     wanted = recipe.preserve if recipe.preserve_weight else ()
     preserve = [Question(r, r, r, 0.0) for r in map(row, wanted or ())]
     return prompts, erase, preserve

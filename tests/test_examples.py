@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import RecipeOf, same, weights_of
+from test_page import sample
 
 from esd_lora.bases import Base
 from esd_lora.compose import attach, stack
+from esd_lora.evaluate.page import make_report, points_of
 from esd_lora.evaluate.rates import rate
 from esd_lora.evaluate.scores import AttributeScores, Scores
 from esd_lora.patch import Patch
@@ -170,3 +172,38 @@ def test_the_page_of_patches_has_a_row_for_each_measured_concept(script: Callabl
     assert rows[0].endswith(f"| 50.0 [30, 70] /20, base 100.0 | {whole} | {whole} | dog 50 |")
     assert "| hat from cat | " in rows[1]
     assert "| 100.0 [91, 100] /40, base 100.0 | 50.0 [30, 70] /20, base 100.0 |" in rows[1]  # others, styles
+
+
+def test_the_benchmark_counts_what_a_report_shows(script: Callable[[str], Any]) -> None:
+    benchmark = script("benchmark")
+    report = sample()
+    rows = [benchmark.counts_of("cat", "object", p) for p in points_of(make_report(report))]
+    ours = next(r for r in rows if (r["method"], r["strength"]) == ("patch", 1))
+    asked = [r for r in report["rows"] if (r["method"], r["strength"], r["group"]) == ("patch", 1, "target")]
+    gone = sum(r["seen"]["object"] != "cat" for r in asked)
+    assert ours["counts"]["UA"][::2] == [gone, len(asked)]
+    near = [r for r in report["rows"] if (r["method"], r["strength"], r["group"]) == ("patch", 1, "neighbour")]
+    kept = sum(r["seen"]["object"] == r["wanted"]["object"] for r in near)
+    assert ours["counts"]["near"][::2] == [kept, len(near)]
+    other = {**ours, "target": "dog", "counts": {**ours["counts"], "UA": [0, 0, 10]}}
+    half = f"{50 * gone / len(asked):.1f}"
+    # of two targets, one of which is erased and one never: bootstrapped means lie anywhere between
+    assert benchmark.mean([ours, other], "UA").startswith(f"{half} [0, ")
+    assert sum(line.startswith("| objects | patch") for line in benchmark.table(rows)) == 4
+
+
+def test_the_benchmark_says_what_holds(script: Callable[[str], Any]) -> None:
+    def row(method: str, kind: str, strength: float, **counts: int) -> dict[str, Any]:
+        shares = {k: [v, 100, 100] for k, v in counts.items()}
+        return {"method": method, "kind": kind, "strength": strength, "counts": shares}
+
+    rows = [
+        row("ESD-x, fine-tuned", "style", 1.0, UA=98, IRA=80, CRA=93),
+        row("ESD-x, fine-tuned", "object", 1.0, UA=92, IRA=55, CRA=44, near=30, far=60),
+        *(row("SLD", "object", k, UA=10 * k, kept=90 - 10 * k) for k in (1, 2, 3, 4)),
+    ]
+    assert [line.split(" | ")[1] for line in script("benchmark").facts(rows)] == ["holds"] * 3
+    rows[1]["counts"]["near"] = [70, 100, 100]
+    rows[2]["counts"]["UA"] = [99, 100, 100]
+    found = [line.split(" | ")[1] for line in script("benchmark").facts(rows)]
+    assert found == ["holds", "does not hold", "does not hold"]

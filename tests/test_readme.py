@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import yaml
 
 import esd_lora
 from esd_lora.cli import RECIPES, app
+from esd_lora.evaluate.answers import read_answers
+from esd_lora.evaluate.ways import BASELINES
 from esd_lora.recipe import Concept, Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +35,20 @@ def test_every_recipe_is_in_the_table_of_recipes() -> None:
     rows = re.findall(r"^\| `(\w+/[\w-]+)` \| (.*) \|$", README, re.MULTILINE)
     files = {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in RECIPES.rglob("*.yaml")}
     assert dict(rows) == {k: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for k, p in files.items()}
+
+
+def test_its_answer_set_is_one(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(target:.*?)```", README, re.DOTALL)
+    (tmp_path / "church.yaml").write_text(example)
+    columns = "prompt,evaluation_seed,evaluation_guidance,class\n"
+    (tmp_path / "imagenette.csv").write_text(f"{columns}an image of a church,7,7.5,church\na dog,8,7.5,dog\n")
+    groups = Counter(ask.group for ask in read_answers(tmp_path / "church.yaml").asks)
+    assert groups == {"target": 101, "neighbour": 50, "unrelated": 1}
+
+
+def test_it_names_every_baseline() -> None:
+    told = README.partition("## Measure it")[2].partition("## Share it")[0]
+    assert all(f"`{name}`" in told for name in BASELINES)
 
 
 def test_pictures_and_files_that_the_readme_links_to_exist() -> None:

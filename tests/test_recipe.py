@@ -49,6 +49,7 @@ def test_what_is_left_out_has_its_documented_default() -> None:
         "lr_schedule": "cosine",
         "warmup_steps": 0,
         "max_grad_norm": 1.0,
+        "robust": 0,
         "resolution": None,
         "dtype": "fp32",
         "gradient_checkpointing": False,
@@ -142,6 +143,19 @@ def test_a_recipe_cannot_be_changed() -> None:
         (
             {"warmup_steps": 5, "lr_schedule": "constant"},
             "recipe: warmup_steps: lr_schedule constant has no warm-up; use constant_with_warmup",
+        ),
+        ({"robust": -1}, "recipe: robust: input should be greater than or equal to 0, got -1"),
+        (
+            {"robust": 1, "objective": "closed-form"},
+            "recipe: robust: nothing is trained with objective closed-form; use objective: paper",
+        ),
+        (
+            {"robust": 1, "keys": "closed-form"},
+            "recipe: robust: nothing is trained with objective closed-form; use objective: paper",
+        ),
+        (
+            {"robust": 60},
+            "recipe: robust: must be below the 60 steps, for each round is between two, got 60",
         ),
         ({"concepts": []}, "recipe: concepts: name at least one"),
         ({"concepts": {"erase": "cat", "from": " "}}, "recipe: concepts.0.from: must not be empty"),

@@ -169,12 +169,18 @@ class Base(ABC):
         """Nothing, if the base can do what a recipe asks for.
 
         Raises:
-            RecipeError: It has no layers for closed-form keys, or cannot draw pictures of this size.
+            RecipeError: It has no layers for closed-form keys, no words that can be soft, or cannot draw pictures of this
+                size.
         """
         if "closed-form" in (recipe.keys, recipe.objective) and not self.text_layers:
             raise RecipeError(
                 f"keys: closed-form needs cross-attention, and {self.name} ({self.family}) has none: words and picture pass "
                 "through all its layers together; use keys: learned with objective: paper"
+            )
+        if recipe.robust and not self.text_layers:
+            raise RecipeError(
+                f"robust: soft words are for Stable Diffusion 1, 2 and XL, whose words are read by CLIP alone, and {self.name} "
+                f"is {self.family}; use robust: 0"
             )
         self.latent_shape(recipe.resolution)
 

@@ -1,0 +1,120 @@
+"""What robust training is worth: erased, kept, and found again by concept inversion, beside the defaults.
+
+    python benchmarks/robust.py --out runs/robust [--concept cat] [--patches default "robust: 2"] [--seeds 0 1]
+
+An object of the embedded base is erased with the defaults, with rounds of an adversary, and, for the time that these take, with
+more steps. UA, IRA and CRA are those of an answer set; then the attacker of `examples/inversion.py`, with four soft words, has
+250 steps on pictures of the concept, and what it draws with them, from seeds and noise never used, is judged. The unerased base
+is the ceiling. Seconds are those of training, on this machine. What is measured stays in the folder, so that the script goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esd_lora.bases import Base, load_base
+from esd_lora.compose import attach
+from esd_lora.emoji.evaluators import Evaluator, load_evaluator
+from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
+from esd_lora.evaluate.attacks import BLANK, Drawing, Examples, Training, inversion
+from esd_lora.evaluate.rates import Rate, rate
+from esd_lora.evaluate.scores import FIRST_SEED, answer_set, draw, score
+from esd_lora.patch import Patch, write_file
+from esd_lora.pictures import generate
+from esd_lora.recipe import Recipe
+from esd_lora.training import train
+
+PATCHES: Mapping[str, dict[str, Any] | None] = {
+    "none": None,
+    "default": {},
+    "robust: 2": {"robust": 2},
+    "robust: 4": {"robust": 4},
+    "steps: 180": {"steps": 180},
+}
+"""What a recipe has besides its concept; None for the unerased base."""
+
+TARGET_SEEDS, KEPT_SEEDS = 10, 1
+SHOWN, DRAWN = 48, 64
+"""Pictures that the attacker trains on, and that it draws."""
+
+
+def in_styles(words: str, n: int) -> list[str]:
+    """So many prompts for these words, in every style in turn."""
+    return [prompt(words, list(STYLES)[i % len(STYLES)]) for i in range(n)]
+
+
+def kept_and_erased(concept: str, patch: Patch | None, evaluator: Evaluator) -> dict[str, Rate]:
+    """UA, IRA and CRA on an answer set; the base's are a row of their own."""
+    cells = answer_set(concept, target_seeds=TARGET_SEEDS, kept_seeds=KEPT_SEEDS)
+    judged = evaluator.judge(draw(load_base("emoji"), cells, [patch] if patch else []))
+    found = score(concept, cells, judged, judged, evaluator)
+    return {"UA": found.ua, "IRA": found.ira, "CRA": found.cra}
+
+
+def by_inversion(concept: str, patch: Patch | None, evaluator: Evaluator) -> Rate:
+    """How often the concept is in pictures that the attacker draws."""
+    base = load_base("emoji")
+    shown = generate(base, in_styles(concept, SHOWN), [FIRST_SEED + 400_000 + i for i in range(SHOWN)])
+    attach(base, [patch] if patch else [])
+    base.denoiser.requires_grad_(False)
+    drawing = Drawing(in_styles(BLANK, DRAWN), [FIRST_SEED + 500_000 + i for i in range(DRAWN)])
+    attack = inversion(base, Examples(in_styles(BLANK, SHOWN), shown), drawing, tokens=4, training=Training(250))
+    return rate([seen == concept for seen in evaluator.judge(attack.pictures).objects])
+
+
+def trained(base: Base, concept: str, fields: Mapping[str, Any], seed: int) -> tuple[Patch, float]:
+    """The patch, and the seconds that it took."""
+    named = {"erase": concept, "synonyms": OBJECTS[concept]}
+    recipe = Recipe.model_validate({"base": "emoji", "concepts": named, "seed": seed, **fields})
+    started = time.perf_counter()
+    return train(recipe, base), time.perf_counter() - started
+
+
+def measured(concept: str, name: str, seed: int, evaluator: Evaluator) -> dict[str, Any]:
+    """A row of the table."""
+    fields, patch, seconds = PATCHES[name], None, 0.0
+    if fields is not None:
+        patch, seconds = trained(load_base("emoji"), concept, fields, seed)
+    rates = kept_and_erased(concept, patch, evaluator)
+    rates["by inversion"] = by_inversion(concept, patch, evaluator)
+    passes = patch.info["cost"]["forward_passes"] if patch else 0
+    return {"patch": name, "seed": seed, "passes": passes, "seconds": seconds, **{k: vars(r) for k, r in rates.items()}}
+
+
+def line_of(row: Mapping[str, Any]) -> str:
+    """A row as a line of the table."""
+    rates = [Rate(**row[k]).interval() for k in ("UA", "IRA", "CRA", "by inversion")]
+    return f"| {row['patch']} | {row['seed']} | {' | '.join(rates)} | {row['passes']:,} | {row['seconds']:.0f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/robust"))
+    parser.add_argument("--concept", default="cat", choices=OBJECTS, metavar="OBJECT")
+    parser.add_argument("--patches", nargs="+", default=list(PATCHES), choices=PATCHES, metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of training")
+    args = parser.parse_args()
+    path, evaluator = args.out / f"robust-{args.concept}.json", load_evaluator("measure")
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    print("| patch | seed | UA | IRA | CRA | by inversion | passes | seconds |\n|---|---|---|---|---|---|---|---|")
+    for name in args.patches:
+        for seed in args.seeds:
+            known = [r for r in rows if (r["patch"], r["seed"]) == (name, seed)]
+            if not known:
+                known = [measured(args.concept, name, seed, evaluator)]
+                rows += known
+                write_file(path, json.dumps(rows, indent=1).encode())
+            print(line_of(known[0]), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()

@@ -1,0 +1,193 @@
+"""The published benchmark: every object and style of the embedded base, erased by every method, with three training seeds.
+
+    python examples/benchmark.py --out runs/benchmark [--targets cat neon] [--seeds 3]
+
+Each target gets a report of its own in a folder of its name; what was trained or drawn is kept, so that the script goes on
+where it stopped, for some hours on two cores. The counts of all reports are in `benchmark.json`, with hashes of what they were
+measured with; of these the table is made, and what is said of the facts F1, F3 and F8, which were written down before anything
+was measured. Rates are means over targets, their intervals over targets and, within each, training seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esd_lora.bases import Base, load_base
+from esd_lora.emoji.vocabulary import OBJECTS, STYLES
+from esd_lora.evaluate.answers import Target, emoji_answers
+from esd_lora.evaluate.comparing import Comparison, compare
+from esd_lora.evaluate.evaluators import EmojiEvaluator
+from esd_lora.evaluate.page import Point, make_report, points_of, write_page
+from esd_lora.evaluate.rates import Rate, cluster_bootstrap
+from esd_lora.evaluate.ways import BASELINES, Subject, Way, baseline_way, control_ways, patch_way
+from esd_lora.patch import write_file
+from esd_lora.recipe import Concept, Recipe
+from esd_lora.training import read_cost, train
+
+TARGET_PICTURES = 60
+"""Of each target; of every other cell there is one."""
+
+OURS: Mapping[str, Mapping[str, Any]] = {"esd_lora": {}, "esd_lora, keyed": {"keys": "closed-form"}}
+"""Our methods, by what a recipe has besides its concept. The first is trained with every seed; the other has none."""
+
+
+def ways_for(subject: Subject, seeds: int) -> Iterator[Way]:
+    """Every method that is to erase the subject; what is trained is kept in its folder."""
+    for name, fields in OURS.items():
+        for seed in range(1 if fields else seeds):
+            recipe = Recipe(base="emoji", concepts=(subject.concept,), seed=seed, **fields)
+            out = subject.folder / f"{name.replace(', ', '-')}-{seed}"
+            patch = train(recipe, subject.trainer, out=out, resume=True)
+            told, strengths = (name, (0.5, 1.0, 1.5)) if seed == 0 else (f"{name}, seed {seed}", (1.0,))
+            seconds = read_cost(out)["seconds"]["total"]
+            yield patch_way(subject.base, told, patch, strengths=strengths, seconds=seconds)
+    yield from (baseline_way(name, subject) for name in BASELINES)
+    yield from control_ways(subject.base, patch, layers="esd-x-strict")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all targets share."""
+
+    base: Base
+    trainer: Base
+    evaluator: EmojiEvaluator
+    out: Path
+    seeds: int
+
+    def run(self, name: str) -> list[dict[str, Any]]:
+        """The counts of every method at every strength for one target, whose report is written too."""
+        kind, folder = "object" if name in OBJECTS else "style", self.out / name
+        cells = len(STYLES if kind == "object" else OBJECTS)
+        answers = emoji_answers(name, target_seeds=-(-TARGET_PICTURES // cells), kept_seeds=1)
+        target = Target(kind=kind, label=name)
+        concept = Concept(erase=name if kind == "object" else f"{name} style")
+        subject = Subject(self.base, concept, target, folder / "methods", load=lambda: self.trainer)
+        report = compare(
+            Comparison(self.base, answers, target, self.evaluator, folder),
+            list(ways_for(subject, self.seeds)),
+            title=f"{concept.erase}, erased from emoji",
+            command=f"python examples/benchmark.py --targets {name}",
+        )
+        write_page(report, folder / "report.html")
+        return [counts_of(name, kind, point) for point in points_of(make_report(report))]
+
+
+def counts_of(target: str, kind: str, point: Point) -> dict[str, Any]:
+    """How many pictures of a point are hits, how many of the base's, and how many there are, by rate."""
+
+    def group(name: str) -> Rate | None:
+        return point.share_if_any(lambda r: r.group == name, lambda r: r.seen[kind] == r.wanted[kind])
+
+    rates = {"UA": point.erased, "kept": point.kept, "IRA": point.ira, "CRA": point.cra, "at target": point.at_target}
+    rates |= {"near": group("neighbour"), "far": group("unrelated")}
+    name, _, seed = point.method.name.partition(", seed ")
+    row = {"target": target, "kind": kind, "method": name, "seed": int(seed or 0), "strength": point.strength}
+    row["counts"] = {k: [round(r.value * r.n), round((r.base or 0) * r.n), r.n] for k, r in rates.items() if r}
+    return row | {"label": point.label, "cost": point.method.cost and point.method.cost.model_dump()}
+
+
+def mean(rows: Sequence[Mapping[str, Any]], rate: str) -> str:
+    """The mean over targets with its interval over targets and seeds, in per cent; empty where there is none."""
+    have = [r for r in rows if rate in r["counts"]]
+    if not have:
+        return ""
+    shares = [r["counts"][rate][0] / r["counts"][rate][2] for r in have]
+    by_target = {
+        r["target"]: [s for s, x in zip(shares, have, strict=True) if x["target"] == r["target"]] for r in have
+    }
+    value = sum(sum(s) / len(s) for s in by_target.values()) / len(by_target)
+    low, high = cluster_bootstrap(shares, [(r["target"], r["seed"]) for r in have])
+    return f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown: every method at every strength, for objects and for styles."""
+    rates = ("UA", "IRA", "CRA", "at target", "near")
+    lines = [f"| erased | method | {' | '.join(rates)} | targets | seconds | passes |", "|---" * (len(rates) + 5) + "|"]
+    for kind in ("object", "style"):
+        groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if row["kind"] == kind:
+                groups.setdefault((row["method"], row["strength"], row["label"]), []).append(row)
+        for (method, _, label), some in groups.items():
+            costs = [r["cost"] for r in some if r["cost"]]
+            cost = (
+                [f"{sum(c[k] for c in costs) / len(costs):,.0f}" for k in ("seconds", "passes")] if costs else ["", ""]
+            )
+            shown = [mean(some, rate) for rate in rates]
+            targets = len({r["target"] for r in some})
+            lines.append(f"| {kind}s | {method} {label} | {' | '.join(shown)} | {targets} | {' | '.join(cost)} |")
+    return lines
+
+
+# ---- facts ---------------------------------------------------------------------------------------------------------
+
+
+def share(rows: Sequence[Mapping[str, Any]], rate: str, **where: object) -> float:
+    """Hits over pictures of all rows that are so."""
+    some = [r["counts"][rate] for r in rows if all(r[k] == v for k, v in where.items()) and rate in r["counts"]]
+    return sum(c[0] for c in some) / sum(c[2] for c in some)
+
+
+def facts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown: what is known of Stable Diffusion, and whether it holds here."""
+    esd = {"method": "ESD-x, fine-tuned", "strength": 1.0}
+    style, thing = ({r: share(rows, r, kind=kind, **esd) for r in ("UA", "IRA", "CRA")} for kind in ("style", "object"))
+    slds = [
+        (share(rows, "UA", method="SLD", strength=k), share(rows, "kept", method="SLD", strength=k))
+        for k in (1, 2, 3, 4)
+    ]
+    near, far = (share(rows, group, kind="object", **esd) for group in ("near", "far"))
+    told = [
+        (
+            "F1: fine-tuned ESD-x erases a style with IRA < CRA, and an object at the cost of both IRA and CRA",
+            style["IRA"] < style["CRA"] and thing["IRA"] < style["IRA"] and thing["CRA"] < style["CRA"],
+            f"styles UA {style['UA']:.3f}, IRA {style['IRA']:.3f}, CRA {style['CRA']:.3f}; "
+            f"objects {thing['UA']:.3f}, {thing['IRA']:.3f}, {thing['CRA']:.3f}",
+        ),
+        (
+            "F3: SLD erases more from weak to max, and keeps less",
+            slds == sorted(slds, key=lambda s: s[0]) and slds == sorted(slds, key=lambda s: -s[1]),
+            ", ".join(f"UA {ua:.3f} kept {kept:.3f}" for ua, kept in slds),
+        ),
+        (
+            "F8: near neighbours are hurt more than others",
+            near < far,
+            f"IRA of neighbours {near:.3f}, of others {far:.3f}",
+        ),
+    ]
+    return [f"| {fact} | {'holds' if holds else 'does not hold'} | {figures} |" for fact, holds, figures in told]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument(
+        "--targets", nargs="+", choices=(*OBJECTS, *STYLES), default=(*OBJECTS, *STYLES), metavar="NAME"
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    bench = Bench(load_base("emoji", dtype="bf16"), load_base("emoji"), EmojiEvaluator(), args.out, args.seeds)
+    path = args.out / "benchmark.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    for name in args.targets:
+        if name not in {r["target"] for r in rows}:
+            rows += bench.run(name)
+            hashes = {"base": bench.base.fingerprint, "evaluator": bench.evaluator.digest}
+            lines = ",\n".join(map(json.dumps, rows))
+            write_file(path, f'{{"hashes": {json.dumps(hashes)}, "rows": [\n{lines}\n]}}\n'.encode())
+            print(f"{name}: done", flush=True)
+    print("\n".join(table(rows)))
+    if {r["kind"] for r in rows} == {"object", "style"}:
+        print("\n| known of large models | here | figures |\n|---|---|---|")
+        print("\n".join(facts(rows)))
+
+
+if __name__ == "__main__":
+    main()
