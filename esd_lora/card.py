@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from pydantic import TypeAdapter, ValidationError
 
 from esd_lora.bases.base import Base
-from esd_lora.compose import attach
+from esd_lora.compose import attached
 from esd_lora.errors import PatchError, RecipeError
 from esd_lora.evaluate.rates import Rate
 from esd_lora.evaluate.scores import AttributeScores, Scores
@@ -165,11 +165,8 @@ def draw_pairs(base: Base, patch: Patch, folder: Path, *, seed: int = 0) -> list
     prompts = [*erased, *kept[len(kept) // 4 :: max(1, len(kept) // 4)][:3]]
     sides = {}
     for side, patches in (("before", []), ("after", [patch])):
-        attach(base, patches)
-        try:
+        with attached(base, patches):
             sides[side] = generate(base, prompts, [seed] * len(prompts))
-        finally:
-            base.remove_adapters()
     pairs = [Pair(p, seed, f"images/{i}-before.png", f"images/{i}-after.png") for i, p in enumerate(prompts)]
     for pair, before, after in zip(pairs, sides["before"], sides["after"], strict=True):
         save_picture(before, folder / pair.before)

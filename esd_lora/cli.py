@@ -168,10 +168,8 @@ def _train(recipe: Recipe, base: Base, folder: Path, *, resume: bool, quiet: boo
         def sample(n: int) -> None:
             draw_run(base, recipe, folder / f"sample-{n:05d}.png")
 
-        def stage(name: str, done: int, of: int) -> None:
-            step(done, None, of, name)
-
-        patch = train(recipe, base, out=folder, resume=resume, on_step=step, on_sample=sample, on_stage=stage)
+        how: dict[str, Any] = {"on_step": step, "on_sample": sample, "on_stage": _by_stage(step)}
+        patch = train(recipe, base, out=folder, resume=resume, **how)
     if processes.is_main() and not (folder / "grid.png").exists():
         if recipe.objective != "closed-form":
             draw_loss(folder)
@@ -218,12 +216,6 @@ def generate(
     prompts = [p for p in prompt for _ in range(n)]
     seeds = [seed + k for _ in prompt for k in range(n)]
     with _progress("generate", len(prompts), quiet=quiet) as step:
-        done = 0
-
-        def batch(count: int) -> None:
-            nonlocal done
-            step(done := done + count, None)
-
         made = pictures.generate(
             model,
             prompts,
@@ -232,7 +224,7 @@ def generate(
             guidance_scale=guidance_scale,
             resolution=resolution,
             batch_size=batch_size,
-            on_batch=batch,
+            on_batch=_by_batch(step),
         )
     rows = []
     for k, (picture, text, number) in enumerate(zip(made, prompts, seeds, strict=True)):
@@ -333,11 +325,8 @@ def evaluate(
         sampling = Sampling(steps=steps, guidance_scale=guidance_scale, resolution=resolution)
         command = shlex.join(["esd-lora", *sys.argv[1:]])
         with _progress("evaluate", None, quiet=quiet) as step:
-
-            def on_step(stage: str, n: int, of: int) -> None:
-                step(n, None, of, stage)
-
-            found = evaluate_patches(base, loaded, out, sampling=sampling, command=command, on_step=on_step, **how)
+            how |= {"sampling": sampling, "command": command, "on_step": _by_stage(step)}
+            found = evaluate_patches(base, loaded, out, **how)
         if as_json:
             _print(found, as_json=True)
         else:
@@ -402,13 +391,7 @@ def study(
     shown = read_picture(reference) if reference else None
     model = _base(base, revision=revision, device=device)
     with _progress("study", (1 + len(patches)) * n * len(prompt), quiet=quiet) as step:
-        done = 0
-
-        def batch(count: int) -> None:
-            nonlocal done
-            step(done := done + count, None)
-
-        how: dict[str, Any] = {"n": n, "seed": seed, "reference": shown, "on_batch": batch}
+        how: dict[str, Any] = {"n": n, "seed": seed, "reference": shown, "on_batch": _by_batch(step)}
         questions = studies.draw_questions(model, patches, prompt, **how)
     page = studies.write_study(folder, questions=questions, seed=seed, title=title, ask=ask)
     _print({"page": str(page), "key": str(folder / "key.json"), "pictures": len(questions)}, as_json=as_json)
@@ -465,11 +448,7 @@ def attack(
     budget = suite.budget_of(n, quick=quick, sampling=sampling, batch_size=batch_size)
     erasure = suite.erasure_of(model, *loaded, merged=merged, budget=budget, **how)
     with _progress("attack", None, quiet=quiet) as step:
-
-        def on_stage(stage: str, done: int, of: int) -> None:
-            step(done, None, of, stage)
-
-        found = suite.run_suite(erasure, only, out=out, on_stage=on_stage)
+        found = suite.run_suite(erasure, only, out=out, on_stage=_by_stage(step))
     for name, reason in found.left_out.items():
         stderr.print(f"left out: {name}: {reason}", markup=False, soft_wrap=True)
     if as_json:
@@ -933,6 +912,22 @@ def _progress(label: str, total: int | None, *, quiet: bool) -> Iterator[Callabl
                 bar.update(task, description=f"{label} loss {loss:.4g}")
 
         yield move
+
+
+def _by_stage(step: Callable[..., None]) -> Callable[[str, int, int], None]:
+    """Moves a progress bar by the name of a stage, what is done of it, and the whole."""
+    return lambda stage, done, of: step(done, None, of, stage)
+
+
+def _by_batch(step: Callable[..., None]) -> Callable[[int], None]:
+    """Moves a progress bar by how many more are done."""
+    done = 0
+
+    def batch(count: int) -> None:
+        nonlocal done
+        step(done := done + count)
+
+    return batch
 
 
 def _quiet_libraries() -> None:

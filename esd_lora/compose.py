@@ -1,6 +1,7 @@
 """What one does with patches: check that they fit a base, make them active on it, and put several into one.
 
     attach     W + Σ_i w_i · B_i A_i      on a base in memory, to be taken off again
+    attached   the same for as long as a block lasts
     stack      the same sum as one patch: factors are concatenated, never added, so that nothing mixes
     compress   the nearest patch of a lower rank, with its error
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +94,23 @@ def attach(
         base.denoiser.set_adapters(names, weights)
         base.denoiser.requires_grad_(False)
     return names
+
+
+@contextmanager
+def attached(base: Base, patches: Sequence[Patch], weights: Sequence[float] | None = None) -> Iterator[None]:
+    """Inside, the patches are active on the base; before and afterwards it is bare.
+
+    Args:
+        base, patches, weights: As `attach` takes them.
+
+    Raises:
+        PatchError: A patch does not fit, or a weight is not a number; the base is left bare.
+    """
+    attach(base, patches, weights)
+    try:
+        yield
+    finally:
+        base.remove_adapters()
 
 
 def stack(patches: Sequence[Patch], weights: Sequence[float] | None = None) -> Patch:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from esd_lora.bases.base import Base
-from esd_lora.compose import attach, check_fits
+from esd_lora.compose import attached, check_fits
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.emoji.vocabulary import ACCESSORY, NEIGHBOURS, OBJECTS, STYLES, WEARERS
 from esd_lora.errors import RecipeError
@@ -82,11 +82,8 @@ def draw_run(base: Base, recipe: Recipe, path: Path, *, patch: Patch | None = No
     else:
         base.remove_adapters()
         rows = [("before", pictures())]
-        attach(base, [patch])
-        try:
+        with attached(base, [patch]):
             rows.append(("after", pictures()))
-        finally:
-            base.remove_adapters()
     footer = f"Seeds 0 to {len(seeds) - 1}, not selected; the first {len(erased)} are what was erased."
     save_picture(grid(rows, prompts, footer=footer, side=128), path)
 

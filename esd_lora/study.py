@@ -16,18 +16,18 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from esd_lora.bases.base import Base
-from esd_lora.compose import attach
 from esd_lora.errors import UserError
 from esd_lora.evaluate.page import data_uri, render
 from esd_lora.evaluate.rates import cluster_bootstrap
 from esd_lora.patch import Patch, check_empty, write_file
-from esd_lora.pictures import generate
+
+if TYPE_CHECKING:
+    from esd_lora.bases.base import Base
 
 COLUMNS = ["reader", "item", "answer", "milliseconds"]
 SCALE = 5
@@ -138,15 +138,15 @@ def draw_questions(
     Raises:
         PatchError: A patch does not fit.
     """
+    from esd_lora.compose import attached  # scoring, which draws nothing, does without torch
+    from esd_lora.pictures import generate
+
     every = [(p, seed + k) for p in prompts for k in range(n)]
     questions = []
     ways: dict[str, list[tuple[Patch, float]]] = {"base": [], **{name: [added] for name, added in patches.items()}}
     for method, added in ways.items():
-        attach(base, [patch for patch, _ in added], [weight for _, weight in added])
-        try:
+        with attached(base, [patch for patch, _ in added], [weight for _, weight in added]):
             pictures = generate(base, [p for p, _ in every], [s for _, s in every], on_batch=on_batch)
-        finally:
-            base.remove_adapters()
         questions += [Question(x, method, p, reference) for x, (p, _) in zip(pictures, every, strict=True)]
     return questions
 

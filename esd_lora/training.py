@@ -514,10 +514,15 @@ def _provenance(recipe: Recipe, base: Base, *, passes: int = 0, losses: Tensor |
     return {
         "recipe": recipe.to_dict(),
         "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": versions(),
         "cost": {"forward_passes": passes},
         "loss": None if math.isnan(last) else last,
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that numbers depend on."""
+    return {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
 def _csv(losses: Tensor) -> bytes:

@@ -122,8 +122,7 @@ def sequential(base: Base, concepts: Sequence[str], seed: int, folder: Path) -> 
 
 def with_merged(base: Base, patches: Sequence[Patch]) -> Base:
     """A second base, which has the patches in its weights, and a fingerprint of its own."""
-    unet = merged_denoiser(base, stack(patches))
-    return type(base)(type(base.pipe).from_pipe(base.pipe, unet=unet, dtype=base.dtype), name=base.name)
+    return base.around(merged_denoiser(base, stack(patches)))
 
 
 Way = tuple[Callable[[], list[Patch]], Callable[[Sequence[Patch]], Patch]]

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -96,6 +96,17 @@ class Base(ABC):
             if isinstance(part, nn.Module):
                 part.requires_grad_(False)
                 part.eval()
+
+    def around(self, denoiser: nn.Module, *, fingerprint: str | None = None) -> Self:
+        """A second base around another denoiser; the other parts of the pipeline are shared.
+
+        Args:
+            denoiser: Of the same architecture.
+            fingerprint: Of its weights; None to reckon it.
+        """
+        pipe = type(self.pipe).from_pipe(self.pipe, **{self.prefix: denoiser}, dtype=self.dtype)
+        pipe.set_progress_bar_config(disable=True)
+        return type(self)(pipe, name=self.name, fingerprint=fingerprint, device=self.device)
 
     # ---- what a family says -------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from pydantic import (
 
 from esd_lora import processes
 from esd_lora.bases.base import Base
-from esd_lora.compose import attach
+from esd_lora.compose import attached
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS
 from esd_lora.errors import OutputError, RecipeError
 from esd_lora.evaluate.scores import answer_set
@@ -451,8 +451,7 @@ def draw_answers(
         OutputError: The folder cannot be written to, or a picture in it cannot be read.
     """
     processes.join(base.device)
-    attach(base, patches, weights)
-    try:
+    with attached(base, patches, weights):
         how: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "resolution": resolution}
         names = picture_names(base, asks, patches=patches, weights=weights, **how)
         wanted = dict(zip(names, asks, strict=True))
@@ -464,8 +463,6 @@ def draw_answers(
             done += len(batch)
             if on_picture and processes.is_main():
                 on_picture(done, len(mine))
-    finally:
-        base.remove_adapters()
     processes.summed(len(mine), base.device)  # nobody reads before all have written
     return [_read(folder / name) for name in names]
 

@@ -37,7 +37,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from esd_lora.bases.base import Base, Condition
-from esd_lora.compose import attach
+from esd_lora.compose import attached
 from esd_lora.errors import BaseModelError, PatchError, RecipeError, TrainingError
 from esd_lora.evaluate.drift import latents_of
 from esd_lora.patch import Patch
@@ -495,13 +495,10 @@ def unmerging(base: Base, drawing: Drawing, patches: Sequence[Patch], weights: S
         raise PatchError(
             f"a patch is attached to {base.name}; unmerging takes a bare base with the patch in its weights"
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the patch was made for")  # merged weights do differ
-            attach(base, patches, [-w for w in weights or [1.0] * len(patches)])
-        return _drawn("unmerging", base, drawing)
-    finally:
-        base.remove_adapters()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the patch was made for")  # merged weights do differ
+        with attached(base, patches, [-w for w in weights or [1.0] * len(patches)]):
+            return _drawn("unmerging", base, drawing)
 
 
 # ---- training to denoise ------------------------------------------------------------------------------------

@@ -363,9 +363,14 @@ class PostFilter:
         if not 0 <= self.threshold <= 1:
             raise RecipeError(f"threshold: must be between 0 and 1, got {self.threshold}")
 
+    def passes(self, pictures: Pictures) -> list[bool]:
+        """Which of the pictures pass: the concept is not seen in them."""
+        passed: list[bool] = (self.classifier(pictures) <= self.threshold).tolist()
+        return passed
+
     def filtered(self, pictures: Pictures) -> Filtered:
         """The pictures, black where the concept is seen, and which of them passed."""
-        passed = (self.classifier(pictures) <= self.threshold).tolist()
+        passed = self.passes(pictures)
         shown = [p if ok else Image.new("RGB", p.size) for p, ok in zip(pictures, passed, strict=True)]
         return Filtered(shown, passed)
 
@@ -481,7 +486,7 @@ def full_esd(
     _check_counts(steps=steps, trajectory_steps=trajectory_steps)
     base.remove_adapters()
     pair = _encoded(base, [concept, ""], guidance_scale=guidance_scale)
-    edited = _copy_of(base)
+    edited = base.around(copy.deepcopy(base.denoiser), fingerprint=base.fingerprint)
     weights = _weights_of(edited, layers)
     optimizer = torch.optim.Adam(weights, lr=lr)
     draw, passes, one = random.Random(seed), 0, torch.ones(1, device=base.device)
@@ -649,14 +654,6 @@ def _encoded(base: Base, prompts: list[str], *, guidance_scale: float, batch: in
     told = base.encode(prompts, guidance_scale=guidance_scale)
     base.free_encoders()
     return told[torch.arange(len(prompts), device=base.device).repeat_interleave(batch)]
-
-
-def _copy_of(base: Base) -> Base:
-    """A second base around a copy of the denoiser; the other parts of the pipeline are shared."""
-    denoiser = copy.deepcopy(base.denoiser)
-    pipe = type(base.pipe).from_pipe(base.pipe, **{base.prefix: denoiser}, dtype=base.dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return type(base)(pipe, name=base.name, fingerprint=base.fingerprint, device=base.device)
 
 
 def _weights_of(base: Base, layers: Layers) -> list[nn.Parameter]:

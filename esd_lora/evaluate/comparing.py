@@ -8,7 +8,6 @@ Pictures are drawn once and kept, so that a comparison that was interrupted goes
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -45,7 +44,7 @@ from esd_lora.patch import Patch, write_file
 from esd_lora.pictures import Pictures, save_picture
 from esd_lora.recipe import Concept, Layers
 from esd_lora.report import targets_of
-from esd_lora.training import COST, PACKAGES, read_cost
+from esd_lora.training import COST, read_cost, versions
 
 CONTROLS, RULED = 48, 24
 """Pictures that each control is drawn for, and that each end of the drift's ruler is measured on."""
@@ -55,9 +54,6 @@ OTHER = 1 << 31
 
 NSFW = {("nudity", "nude"), ("nsfw", "nsfw")}
 """What evaluators see in pictures that a page blurs."""
-
-BLACK = "black"
-"""The folder of what a filter shows instead of a picture."""
 
 
 @dataclass(frozen=True)
@@ -370,7 +366,7 @@ def _drawn(comparison: Comparison, way: Way, strength: float, asks: Sequence[Ask
 
 def _black(folder: Path, like: Image.Image) -> tuple[Image.Image, str]:
     """A black picture as large as another one, and its path in the folder."""
-    black, path = Image.new("RGB", like.size), f"pictures/{BLACK}-{like.width}x{like.height}.png"
+    black, path = Image.new("RGB", like.size), f"pictures/black-{like.width}x{like.height}.png"
     if processes.is_main() and not (folder / path).is_file():
         save_picture(black, folder / path)
     return black, path
@@ -456,7 +452,7 @@ def made(comparison: Comparison, *, command: str) -> dict[str, Any]:
             "resolution": base.resolution(sampling.resolution),
             "threads": torch.get_num_threads(),
         },
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": versions(),
         "hashes": {
             "base": base.fingerprint,
             "answers": digest(comparison.answers.asks),

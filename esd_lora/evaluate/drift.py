@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esd_lora.bases.base import Base, Condition
-from esd_lora.compose import attach
+from esd_lora.compose import attached
 from esd_lora.emoji.evaluators import Evaluator, to_array, to_tensor
 from esd_lora.errors import RecipeError
 from esd_lora.patch import Patch
@@ -269,11 +269,8 @@ def denoise_gap(
     words = list(dict.fromkeys(["", *prompts]))
     conditions = base.encode(words, resolution=resolution)
     rows = torch.tensor([words.index(p) for p in prompts], device=base.device)
-    attach(base, patches, weights)
-    try:
+    with attached(base, patches, weights):
         asked, empty = (_excess(base, conditions, r, x_0, levels) for r in (rows, torch.zeros_like(rows)))
-    finally:
-        base.remove_adapters()
     return DenoiseGap(asked, empty)
 
 

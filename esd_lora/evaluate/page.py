@@ -28,6 +28,8 @@ from esd_lora.evaluate.rates import Paired, Rate, paired, rate
 from esd_lora.patch import write_file
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
+ATTACKS = "attacks.json"
+"""The file of attacks, beside that of the report."""
 THUMB = 192
 """Largest side of a picture on the page, in pixels: twice what it is shown at, for fine screens."""
 
@@ -288,9 +290,6 @@ def read_report(folder: Path) -> dict[str, Any]:
     if (folder / ATTACKS).is_file():
         report["attacks"] = _read_json(folder / ATTACKS).get("attacks", [])
     return report
-
-
-ATTACKS = "attacks.json"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

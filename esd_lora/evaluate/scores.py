@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from esd_lora.bases.base import Base
-from esd_lora.compose import attach
+from esd_lora.compose import attached
 from esd_lora.emoji.evaluators import Evaluator, Judgement
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, WEARERS, prompt
 from esd_lora.errors import RecipeError
@@ -99,12 +99,9 @@ def draw(
     on_batch: Callable[[int], None] | None = None,
 ) -> Pictures:
     """The pictures of the cells, with the patches active; the base is bare again afterwards."""
-    attach(base, patches, weights)
-    try:
+    with attached(base, patches, weights):
         prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
         return generate(base, prompts, seeds, batch_size=48, on_batch=on_batch)
-    finally:
-        base.remove_adapters()
 
 
 def whole_grid(*, seeds: int) -> list[Cell]:

@@ -28,13 +28,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
 from esd_lora.bases.base import Base
-from esd_lora.compose import attach, check_fits, stack
+from esd_lora.compose import attached, check_fits, stack
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, article
 from esd_lora.errors import BaseModelError, OutputError, RecipeError, TrainingError
 from esd_lora.evaluate import attacks, page
 from esd_lora.evaluate.answers import Answers, Target, digest, target_of
 from esd_lora.evaluate.attacks import BLANK, INVERT, RELEARN, Attack, Drawing, Examples, Sees, Stop, Training
-from esd_lora.evaluate.baselines import PostFilter, emoji_filter
+from esd_lora.evaluate.baselines import emoji_filter
 from esd_lora.evaluate.comparing import Sampling, judge_of, questions
 from esd_lora.evaluate.evaluators import Evaluator
 from esd_lora.evaluate.rates import Rate, rate
@@ -258,21 +258,14 @@ class Erasure:
         if self.merged:
             yield self._with_merged
             return
-        attach(self.base, self.patches, self.weights)
-        try:
+        with attached(self.base, self.patches, self.weights):
             yield self.base
-        finally:
-            self.base.remove_adapters()
 
     @cached_property
     def _with_merged(self) -> Base:
         for patch in self.patches:
             check_fits(patch, self.base)
-        denoiser = merged_denoiser(self.base, stack(self.patches, self.weights))
-        parts = {self.base.prefix: denoiser, "dtype": self.base.dtype}
-        pipe = type(self.base.pipe).from_pipe(self.base.pipe, **parts)
-        pipe.set_progress_bar_config(disable=True)
-        return type(self.base)(pipe, name=self.base.name, device=self.base.device)
+        return self.base.around(merged_denoiser(self.base, stack(self.patches, self.weights)))
 
     # ---- controls that attacks share ----------------------------------------------------------------------------
 
@@ -360,12 +353,9 @@ def erasure_of(
         names += {**OBJECTS, **STYLES}.get(target.label, ())
         # its prompts say "style" after every word for one
         names = list(dict.fromkeys(name.removesuffix(" style") for name in names))
-        how["sees"] = partial(_held_back, emoji_filter(target.label))
+        judge_for_attackers = emoji_filter(target.label)
+        how["sees"] = lambda pictures: [not passed for passed in judge_for_attackers.passes(pictures)]
     return Erasure(base, patches, weights, asked, target, names, judge, **how)
-
-
-def _held_back(judge: PostFilter, pictures: Pictures) -> list[bool]:
-    return [not passed for passed in judge.filtered(pictures).passed]
 
 
 def names_of(patches: Sequence[Patch], label: str, *, words: Sequence[str] = ()) -> list[str]:

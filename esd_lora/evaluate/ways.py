@@ -11,9 +11,10 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,7 +27,6 @@ from esd_lora.errors import RecipeError
 from esd_lora.evaluate.answers import Target
 from esd_lora.evaluate.baselines import (
     PRESETS,
-    PostFilter,
     emoji_filter,
     full_esd,
     leco,
@@ -39,7 +39,7 @@ from esd_lora.evaluate.page import Cost, Method
 from esd_lora.patch import Patch, load_patch, write_file
 from esd_lora.pictures import Pictures
 from esd_lora.recipe import Concept, Layers, Recipe
-from esd_lora.training import COST, train
+from esd_lora.training import COST, read_cost, train
 
 
 class Setting(NamedTuple):
@@ -112,15 +112,12 @@ def patch_way(
     cost = Cost(seconds=seconds or 0, passes=passes or 0, bytes=patch.nbytes, passes_per_step=2) if known else None
     told = f"{len(patch.ranks)} layers of rank {max(patch.ranks.values())}; merged into the weights it is no switch"
     method = Method(name=name, role="patch", about=told, cost=cost)
-    return Way(method, tuple(strengths), partial(_with_patch, base, patch), _nearest(strengths, 1.0))
+    default = min(strengths, key=lambda weight: abs(weight - 1))
+    return Way(method, tuple(strengths), partial(_with_patch, base, patch), default)
 
 
 def _with_patch(base: Base, patch: Patch, weight: float) -> AbstractContextManager[Setting]:
     return nullcontext(Setting(base, [patch], [weight]))
-
-
-def _nearest(strengths: Sequence[float], to: float) -> float:
-    return min(strengths, key=lambda s: abs(s - to))
 
 
 def control_ways(base: Base, patch: Patch, *, layers: Layers, seed: int = 0) -> list[Way]:
@@ -161,49 +158,64 @@ def baseline_way(name: str, subject: Subject) -> Way:
     return BASELINES[name](subject)
 
 
-def _sld(subject: Subject) -> Way:
-    base, words, presets = subject.base, subject.concept.erase, list(PRESETS)
-    method = Method(
-        name="SLD",
-        role="baseline",
-        about="Safe Latent Diffusion, guidance away from the concept: a setting of the pipeline",
-        knob="preset",
-        labels={float(k): preset for k, preset in enumerate(presets, 1)},
-        cost=_for_nothing(3),
-    )
-    return Way(
-        method,
-        tuple(method.labels),
-        lambda k: _inside(base, safe_latent(base, words, presets[int(k) - 1])),
-        default=2.0,
-        beside=f"sld {words}",
-    )
-
-
-def _negative_prompt(subject: Subject) -> Way:
+def _guidance(
+    subject: Subject,
+    *,
+    name: str,
+    about: str,
+    knob: str,
+    passes_per_step: int,
+    inside: Callable[[Base, str, float], AbstractContextManager[None]],
+    strengths: tuple[float, ...],
+    default: float,
+    labels: Mapping[float, str] = MappingProxyType({}),
+) -> Way:
+    """A way that acts on the sampler alone: base, concept and strength → a context inside which it does."""
     base, words = subject.base, subject.concept.erase
+    about = f"{about}: a setting of the pipeline"
     method = Method(
-        name="negative prompt",
-        role="baseline",
-        about="the concept as the pipeline's negative prompt: a setting of the pipeline",
-        knob="strength",
-        cost=_for_nothing(2),
+        name=name, role="baseline", about=about, knob=knob, labels=labels, cost=_for_nothing(passes_per_step)
     )
-    at = partial(_guided, base, lambda w: negative_prompt(base, words, strength=w))
-    return Way(method, (0.5, 1.0, 2.0), at, beside=f"negative prompt {words}")
+
+    @contextmanager
+    def at(strength: float) -> Iterator[Setting]:
+        with inside(base, words, strength):
+            yield Setting(base)
+
+    return Way(method, strengths, at, default, beside=f"{name} {words}")
 
 
-def _separate_negative(subject: Subject) -> Way:
-    base, words = subject.base, subject.concept.erase
-    method = Method(
-        name="separate negative",
-        role="baseline",
-        about="a third prediction, for the concept, is guided away from: a setting of the pipeline",
-        knob="scale",
-        cost=_for_nothing(3),
-    )
-    at = partial(_guided, base, lambda scale: separate_negative(base, words, scale=scale))
-    return Way(method, (2.5, 5.0, 7.5), at, default=5.0, beside=f"separate negative {words}")
+_sld = partial(
+    _guidance,
+    name="SLD",
+    about="Safe Latent Diffusion, guidance away from the concept",
+    knob="preset",
+    passes_per_step=3,
+    inside=lambda base, words, k: safe_latent(base, words, list(PRESETS)[int(k) - 1]),
+    strengths=(1.0, 2.0, 3.0, 4.0),
+    default=2.0,
+    labels={float(k): preset for k, preset in enumerate(PRESETS, 1)},
+)
+_negative_prompt = partial(
+    _guidance,
+    name="negative prompt",
+    about="the concept as the pipeline's negative prompt",
+    knob="strength",
+    passes_per_step=2,
+    inside=lambda base, words, w: negative_prompt(base, words, strength=w),
+    strengths=(0.5, 1.0, 2.0),
+    default=1.0,
+)
+_separate_negative = partial(
+    _guidance,
+    name="separate negative",
+    about="a third prediction, for the concept, is guided away from",
+    knob="scale",
+    passes_per_step=3,
+    inside=lambda base, words, scale: separate_negative(base, words, scale=scale),
+    strengths=(2.5, 5.0, 7.5),
+    default=5.0,
+)
 
 
 def _filter(subject: Subject) -> Way:
@@ -218,10 +230,10 @@ def _filter(subject: Subject) -> Way:
         knob="threshold",
         cost=_for_nothing(2),
     )
-    classifier = emoji_filter(subject.target.label).classifier
+    judge = emoji_filter(subject.target.label)
 
     def passes(threshold: float, pictures: Pictures) -> list[bool]:
-        return PostFilter(classifier, threshold).filtered(pictures).passed
+        return replace(judge, threshold=threshold).passes(pictures)
 
     return Way(method, (0.1, 0.5, 0.9), lambda _: nullcontext(Setting(subject.base)), default=0.5, passes=passes)
 
@@ -308,18 +320,6 @@ def _for_nothing(passes_per_step: float) -> Cost:
     return Cost(seconds=0, passes=0, bytes=0, passes_per_step=passes_per_step)
 
 
-@contextmanager
-def _inside(base: Base, context: AbstractContextManager[None]) -> Iterator[Setting]:
-    with context:
-        yield Setting(base)
-
-
-def _guided(
-    base: Base, guidance: Callable[[float], AbstractContextManager[None]], strength: float
-) -> AbstractContextManager[Setting]:
-    return _inside(base, guidance(strength))
-
-
 def _trained(subject: Subject, method: Method, name: str, make: Callable[[Base], Patch]) -> Way:
     """The way of a patch that is trained now, or was."""
     place = subject.place(name)
@@ -352,7 +352,7 @@ def _note_cost(place: Path, *, seconds: float, passes: int) -> None:
 
 
 def _cost(place: Path, *, size: int) -> Cost:
-    told = yaml.safe_load((place / COST).read_text())
+    told = read_cost(place)
     return Cost(seconds=told["seconds"]["total"], passes=told["passes"], bytes=size, passes_per_step=2)
 
 
