@@ -205,8 +205,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Make pictures with a base and any patches: the same seeds give the same noise with and without."""
-    if not all(p.strip() for p in prompt):
-        raise RecipeError("--prompt: must not be empty")
+    _check_prompts(prompt)
     loaded = _patches(patch or [])
     from esd_lora import pictures
     from esd_lora.compose import attach
@@ -382,6 +381,7 @@ def study(
         return
     if not (base and prompt and patch):
         raise RecipeError("name --base, --patch and --prompt to write a study, or --score to score one")
+    _check_prompts(prompt)
     patches = {text: _patch(text) for text in patch}
     from esd_lora import study as studies
     from esd_lora.patch import check_empty
@@ -779,6 +779,16 @@ def _recipe(
     if recipe is None and not {"base", "concepts"} <= values.keys():
         raise RecipeError("name a recipe, or --base and --erase; `esd-lora recipes` lists the shipped recipes")
     return make_recipe(values, source=recipe or "options")
+
+
+def _check_prompts(prompts: list[str]) -> None:
+    """Nothing, if each says something.
+
+    Raises:
+        RecipeError: One does not.
+    """
+    if not all(p.strip() for p in prompts):
+        raise RecipeError("--prompt: must not be empty")
 
 
 def _patches(texts: list[str], *, out: Path | None = None) -> tuple[list[Patch], list[float]]:

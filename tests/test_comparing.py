@@ -19,7 +19,7 @@ from conftest import Call, same, weights_of
 from esd_lora.bases import Base, load_base
 from esd_lora.compose import attach
 from esd_lora.emoji.vocabulary import prompt
-from esd_lora.errors import RecipeError
+from esd_lora.errors import PatchError, RecipeError
 from esd_lora.evaluate import ways
 from esd_lora.evaluate.answers import Answers, Ask, Target
 from esd_lora.evaluate.comparing import (
@@ -178,6 +178,16 @@ def test_a_baseline_of_another_concept_or_base_is_trained_apart(subject: Subject
     assert subject.place("uce") != subject.place("leco")
 
 
+def test_a_patch_that_cannot_be_compared_is_told_before_anything_is_drawn(subject: Subject, patch: Patch) -> None:
+    with pytest.raises(RecipeError, match=r"^--patch: null is what a report calls something else; rename "):
+        ways_of(subject, {"runs/null": patch})
+    name = f"{next(iter(patch.ranks))}.lora_A.weight"
+    wide = Patch({**patch.tensors, name: torch.zeros(2, 99)})
+    with pytest.raises(PatchError, match=r"in .* it is "):
+        ways_of(subject, {"runs/cat": wide})
+    assert ways_of(subject, {"runs/cat": patch}, weights=[1.0, 0.5, 1.0])[0].strengths == (1.0, 0.5)
+
+
 def test_controls_are_spread_over_both_sides() -> None:
     some = spread(ASKS, 12)
     assert [a.group for a in some].count("target") == 3
@@ -260,6 +270,7 @@ def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, ca
         ),
         (["--out", "report", "--evaluator", "eye"], "evaluator eye: unknown; there are emoji, clip:MODEL, "),
         (["--out", "report", "--against", "sdl"], "--against sdl: unknown; there are sld, "),
+        (["--out", "report", "--weight", "nan"], "a weight must be a finite number, got nan"),
     ],
 )
 def test_what_the_command_line_cannot_compare_is_one_line_and_leaves_nothing(

@@ -355,6 +355,7 @@ def test_what_a_study_cannot_do_is_one_line(call: Call, tiny_folder: Path, patch
     for options, message in [
         (drawn[:-3], "name --base, --patch and --prompt to write a study, or --score to score one"),
         ([*drawn, "--reference", "none.png"], "none.png: not a picture that can be read"),
+        ([*drawn[:-3], "--prompt", " "], "--prompt: must not be empty"),
         (["--score", "a.csv"], "people/key.json: cannot read the key: No such file or directory"),
     ]:
         told = call("study", "people", *options)

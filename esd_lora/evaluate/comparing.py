@@ -52,6 +52,8 @@ CONTROLS, RULED = 48, 24
 OTHER = 1 << 31
 """The bit that makes another seed of a seed: of the higher ones torch's generator on a CPU takes no notice."""
 
+BARE = Method(name="base", role="base", about="the unchanged model", knob="")
+
 NSFW = {("nudity", "nude"), ("nsfw", "nsfw")}
 """What evaluators see in pictures that a page blurs."""
 
@@ -231,7 +233,8 @@ def ways_of(
         gold: A base that was trained without the concept.
 
     Raises:
-        RecipeError: No baseline of a name, or one cannot be made for this base.
+        RecipeError: No baseline of a name, or one cannot be made for this base; or two ways have one name.
+        PatchError: A patch does not fit the base, or a weight is not a number.
         BaseModelError: A baseline is not made for a base of this family.
     """
     short = {Path(where).name for where in patches}
@@ -245,7 +248,11 @@ def ways_of(
         ways.append(gold_way(gold))
     first = next(iter(patches.values()))
     layers: Layers = first.info.get("recipe", {}).get("layers") or "esd-x"
-    return [*ways, *control_ways(subject.base, first, layers=layers)]
+    ways += control_ways(subject.base, first, layers=layers)
+    names = [BARE.name, *(way.method.name for way in ways)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RecipeError(f"--patch: {twice[0]} is what a report calls something else; rename the patch's folder")
+    return ways
 
 
 def subject_words(patch: Patch) -> Concept:
@@ -304,9 +311,6 @@ def judge_of(name: str, answers: Answers, *, device: str | None = None) -> Evalu
         if not judged or any(label not in evaluator.kinds[kind] for kind, label in judged.items()):
             raise RecipeError(f"--evaluator {name}: cannot see what {ask.prompt!r} wants, {dict(ask.wanted)}")
     return evaluator
-
-
-BARE = Method(name="base", role="base", about="the unchanged model", knob="")
 
 
 def shown_places(ways: Sequence[Way]) -> list[Place]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from esd_lora.bases.base import Base
+from esd_lora.compose import attached
 from esd_lora.errors import RecipeError
 from esd_lora.evaluate.answers import Target
 from esd_lora.evaluate.baselines import (
@@ -106,14 +107,22 @@ class Subject:
 def patch_way(
     base: Base, name: str, patch: Patch, *, strengths: Sequence[float] = (1.0,), seconds: float | None = None
 ) -> Way:
-    """The pictures of a patch at these weights; its cost is told where the seconds of its training are known."""
+    """The pictures of a patch at these weights; its cost is told where the seconds of its training are known.
+
+    Raises:
+        PatchError: It does not fit the base, or a weight is not a number.
+    """
+    strengths = tuple(dict.fromkeys(strengths))
+    for weight in strengths:
+        with attached(base, [patch], [weight]):
+            pass  # what cannot be drawn is told before anything is drawn or trained
     passes = patch.info.get("cost", {}).get("forward_passes")
     known = seconds is not None and passes is not None
     cost = Cost(seconds=seconds or 0, passes=passes or 0, bytes=patch.nbytes, passes_per_step=2) if known else None
     told = f"{len(patch.ranks)} layers of rank {max(patch.ranks.values())}; merged into the weights it is no switch"
     method = Method(name=name, role="patch", about=told, cost=cost)
     default = min(strengths, key=lambda weight: abs(weight - 1))
-    return Way(method, tuple(strengths), partial(_with_patch, base, patch), default)
+    return Way(method, strengths, partial(_with_patch, base, patch), default)
 
 
 def _with_patch(base: Base, patch: Patch, weight: float) -> AbstractContextManager[Setting]:
