@@ -74,7 +74,6 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_patch_bit_for_bit(
             kills += not done
         runs += 1
         assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != "run.yaml"} == whole
-    assert runs < kills  # most runs were killed more than once
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "checkpoint-00002.safetensors", "loss.csv", "run.yaml", FILE_NAME])
