@@ -3,7 +3,7 @@
     python benchmarks/robust.py --out runs/robust [--concept cat] [--patches default "robust: 2"] [--seeds 0 1]
 
 An object of the embedded base is erased with the defaults, with rounds of an adversary, and, for the time that these take, with
-more steps. UA, IRA and CRA are those of an answer set; then the attacker of `examples/inversion.py`, with four soft words, has
+more steps. UA, IRA and CRA are those of an answer set; then the attacker of `examples/frontier.py` has its four soft words and
 250 steps on pictures of the concept, and what it draws with them, from seeds and noise never used, is judged. The unerased base
 is the ceiling. Seconds are those of training, on this machine. What is measured stays in the folder, so that the script goes on
 where it stopped.

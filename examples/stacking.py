@@ -53,10 +53,15 @@ POOL = (
 KINDS: Mapping[str, dict[str, Any]] = {
     "keyed": {"keys": "closed-form"},
     "keyed, rank 4": {"keys": "closed-form", "rank": 4},
-    "keyed, trained": {"keys": "closed-form", "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0, "steps": 60},
+    "keyed, trained": {"keys": "closed-form", "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0},
     "uce": {"objective": "closed-form", "eta": 0.0},
     "learned": {"preserve_weight": 0.0},
     "preserved": {},
+    "preserved more": {"preserve_weight": 5.0, "steps": 120},
+    "robust": {"robust": 2},
+    "full": {"layers": "full"},
+    "keyed, robust": {"keys": "closed-form", "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0, "robust": 2},
+    "keyed, q and out learned": {"keys": "closed-form", "layers": "esd-x"},
 }
 """What a recipe has besides its concept."""
 
@@ -73,8 +78,8 @@ def named_as(concept: str) -> dict[str, Any]:
 
 def patch_of(base: Base, concepts: Sequence[str], kind: str, seed: int, folder: Path) -> Patch:
     """The trained patch of a kind, from disk where it is there; of several concepts it has as many steps as one of each."""
-    steps = Recipe.model_fields["steps"].default * len(concepts)
-    fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, "steps": steps, **KINDS[kind]}
+    fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, **KINDS[kind]}
+    fields["steps"] = fields.get("steps", Recipe.model_fields["steps"].default) * len(concepts)
     return train(Recipe.model_validate(fields), base, out=folder, resume=True)
 
 
@@ -144,15 +149,41 @@ def ways_of(base: Base, order: Sequence[str], seed: int, folder: Path) -> Mappin
         **{kind: (single(kind), stack) for kind in KINDS},
         "words left out": (lambda: without_words(base, order), stack),
         "fused": (single("learned"), partial(fuse, base)),
-        "fused preserved": (single("preserved"), partial(fuse, base)),
+        **{f"fused {kind}": (single(kind), partial(fuse, base)) for kind in FUSED},
         "ties": (single("learned"), partial(sparse, ties)),
         "dare": (single("learned"), partial(sparse, dare_linear)),
         "one patch": (lambda: [patch_of(base, order, "preserved", seed, one)], stack),
         "sequential": (lambda: sequential(base, order, seed, folder / f"sequential-{seed}"), stack),
+        "keyed and fused": (
+            lambda: [*single("keyed")(), *single("learned")()],
+            lambda p: stack([*p[: len(order)], fuse(base, p[len(order) :])]),
+        ),
     }
 
 
-WAYS = ("base", *KINDS, "words left out", "fused", "fused preserved", "ties", "dare", "one patch", "sequential")
+FUSED = ("preserved", "preserved more", "robust", "full", "keyed, q and out learned")
+"""Kinds of patches with learned keys, besides "learned", that are fused."""
+CURVES = (
+    "base",
+    "keyed",
+    "uce",
+    "learned",
+    "preserved",
+    "fused",
+    "fused preserved",
+    "ties",
+    "dare",
+    "one patch",
+    "sequential",
+)
+"""The ways that are compared by default."""
+OTHERS = (
+    "words left out",
+    "keyed and fused",
+    *(k for k in KINDS if k not in CURVES),
+    *(f"fused {k}" for k in FUSED[1:]),
+)
+WAYS = (*CURVES, *OTHERS)
 
 
 def cells_of(erased: Sequence[str], *, count: int, salt: int) -> Iterator[tuple[str, Cell]]:
@@ -200,7 +231,7 @@ def judge(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/stacking"))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=CURVES, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument(
         "--runs", type=int, default=3, help="orders of the concepts, each with a training seed of its own"

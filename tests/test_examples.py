@@ -19,6 +19,7 @@ from test_page import sample
 
 from esd_lora.bases import Base
 from esd_lora.compose import attach, stack
+from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
 from esd_lora.evaluate.page import make_report, points_of
 from esd_lora.evaluate.rates import rate
 from esd_lora.evaluate.scores import AttributeScores, Scores
@@ -102,6 +103,38 @@ def test_sequential_patches_are_kept_by_what_was_erased_before(
     assert trained_on["fox"] == trained_on["owl"] == base.fingerprint
     assert len(set(trained_on.values())) == 3
     assert same(weights_of(base), before)
+
+
+def test_an_attacker_asks_for_an_object_in_every_style_and_for_a_style_of_every_object(
+    script: Callable[[str], Any],
+) -> None:
+    frontier = script("frontier")
+    assert frontier.asking("cat", "{}", 2) == [prompt("{}", style) for style in list(STYLES)[:2]]
+    assert frontier.asking("neon", "{}", 2, first=1) == [prompt(obj, "{}") for obj in list(OBJECTS)[1:3]]
+
+
+def test_the_frontier_is_drawn_and_told_of_kept_under_eight_against_found(
+    script: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frontier = script("frontier")
+    found = [
+        {"way": way, "k": k, "concept": "cat", "found": vars(rate([i < n for i in range(64)]))}
+        for way, k, n in (("keyed", 8, 48), ("fused", 8, 0), ("fused", 1, 16))
+    ]
+    answers = [
+        {"way": "fused", "k": k, "weight": w, "answers": {"objects": {"dog": (hits, 10), "car": (10, 10)}}}
+        for k, w, hits in ((8, 1.0, 4), (8, 1.0, 6), (8, 2.0, 0), (16, 1.0, 0))
+    ]
+    kept = frontier.kept_of(answers)
+    assert {way: (r.value, r.n) for way, r in kept.items()} == {"fused": (0.75, 40)}
+    frontier.table(found, kept)
+    keyed, fused = capsys.readouterr().out.splitlines()[2:]
+    assert keyed.startswith("| keyed |  | 75.0 [")
+    assert fused.startswith("| fused | 75.0 [60, 86] | 0.0 [0, 6] | 25.0 [")
+    frontier.plot([row for row in found if row["k"] == 8 and row["way"] in kept], kept, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size
+    frontier.plot([], kept, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_pictures_are_drawn_anew_where_the_art_or_the_count_has_changed(

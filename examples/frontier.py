@@ -1,0 +1,142 @@
+"""What stacks, and what resists? Kept under eight patches together against how often concept inversion finds an erased concept.
+
+    python examples/frontier.py --out runs/stacking [--ways keyed fused] [--k 1 8] [--concepts cat neon]
+
+Concept inversion (Pham et al. 2024, arXiv:2308.01508), by `esd_lora.evaluate.attacks`: the attacker holds the erased model
+and 48 pictures of the concept, trains four soft words for 250 steps until that model denoises the pictures with them, and
+then draws four prompts from 16 seeds never used. The unerased base is the ceiling. What is attacked is one patch of the
+concept, or the first eight of `examples/stacking.py`, whose folder, patches and answers this script shares; its own are in
+`frontier.json`. It goes on where it stopped, prints a table and draws `frontier.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import stacking
+from matplotlib.figure import Figure
+from rich.progress import track
+
+from esd_lora.bases import load_base
+from esd_lora.compose import attach
+from esd_lora.emoji.evaluators import Evaluator, load_evaluator
+from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
+from esd_lora.evaluate.attacks import BLANK, Drawing, Examples, inversion
+from esd_lora.evaluate.rates import Rate, rate
+from esd_lora.evaluate.scores import FIRST_SEED
+from esd_lora.patch import Patch, write_file
+from esd_lora.pictures import Pictures, generate
+
+SHOWN, PROMPTS, SEEDS = 48, 4, 16
+"""Pictures that the attacker trains on; prompts that it draws, and seeds of each."""
+
+
+def asking(concept: str, words: str, n: int, *, first: int = 0) -> list[str]:
+    """Prompts for a concept in these words: an object in every style in turn, or a style of every object."""
+    if concept in OBJECTS:
+        return [prompt(words, list(STYLES)[(first + i) % len(STYLES)]) for i in range(n)]
+    return [prompt(list(OBJECTS)[(first + i) % len(OBJECTS)], words) for i in range(n)]
+
+
+@cache
+def shown(concept: str) -> Pictures:
+    """The attacker's pictures of a concept, by the unerased base."""
+    return generate(
+        load_base("emoji"), asking(concept, concept, SHOWN), range(FIRST_SEED + 400_000, FIRST_SEED + 400_000 + SHOWN)
+    )
+
+
+def found_by_inversion(concept: str, patches: Sequence[Patch], evaluator: Evaluator) -> Rate:
+    """How often the concept is seen in what the attacker draws with the patches active."""
+    base = load_base("emoji")
+    attach(base, patches)
+    base.denoiser.requires_grad_(False)
+    drawing = Drawing(
+        [p for p in asking(concept, BLANK, PROMPTS, first=1) for _ in range(SEEDS)],
+        [FIRST_SEED + 500_000 + i for i in range(SEEDS)] * PROMPTS,
+    )
+    attack = inversion(base, Examples(asking(concept, BLANK, SHOWN), shown(concept)), drawing)
+    seen = evaluator.judge(attack.pictures)
+    return rate([concept in pair for pair in zip(seen.objects, seen.styles, strict=True)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/stacking"))
+    parser.add_argument("--ways", nargs="+", choices=stacking.WAYS, default=stacking.WAYS, metavar="WAY")
+    parser.add_argument("--k", type=int, nargs="+", choices=(1, 8), default=[1, 8])
+    parser.add_argument("--concepts", nargs="+", choices=stacking.POOL, default=["cat", "neon"], metavar="NAME")
+    args = parser.parse_args()
+    evaluator, path = load_evaluator("measure"), args.out / "frontier.json"
+    eight = random.Random(0).sample(stacking.POOL, k=len(stacking.POOL))[:8]
+    if missing := [c for c in args.concepts if c not in eight]:
+        parser.error(f"--concepts: {missing[0]} is not among the eight patches, {', '.join(eight)}")
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    for k, way, concept in track(list(itertools.product(args.k, args.ways, args.concepts))):
+        if (k, way, concept) in {(row["k"], row["way"], row["concept"]) for row in rows}:
+            continue
+        get, together = stacking.ways_of(load_base("emoji"), [concept] if k == 1 else eight, 0, args.out / "patches")[
+            way
+        ]
+        patches = get()
+        found = found_by_inversion(concept, [together(patches)] if patches else [], evaluator)
+        rows.append({"way": way, "k": k, "concept": concept, "found": vars(found)})
+        write_file(path, ("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n").encode())
+    answers = args.out / "stacking.json"
+    kept = kept_of(json.loads(answers.read_text())) if answers.exists() else {}
+    table(rows, kept)
+    plot([row for row in rows if row["k"] == 8 and row["way"] in kept], kept, args.out / "frontier.png")
+
+
+def kept_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Rate]:
+    """How many objects are kept under eight patches, by the way."""
+    eight = [row for row in answers if row["k"] == 8 and row["weight"] == 1]
+    return {
+        way: stacking.rate_of(stacking.seen([row for row in eight if row["way"] == way], "objects"))
+        for way in dict.fromkeys(row["way"] for row in eight)
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate]) -> None:
+    """Print what is kept under eight patches, and how often each concept is found by inversion."""
+    ks, concepts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("k", "concept"))
+    heads = [f"{c} found, k = {k}" for c in concepts for k in ks]
+    print(f"| put together | kept at k = 8 | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
+    known = {(row["way"], row["k"], row["concept"]): row for row in rows}
+    for way in sorted({row["way"] for row in rows}, key=stacking.WAYS.index):
+        shown = [kept[way].interval() if way in kept else ""]
+        for concept, k in itertools.product(concepts, ks):
+            row = known.get((way, k, concept))
+            shown.append(Rate(**row["found"]).interval() if row else "")
+        print(f"| {way} | {' | '.join(shown)} |")
+
+
+def plot(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate], path: Path) -> None:
+    """Draw how often each concept is found by inversion over what is kept, under eight patches."""
+    concepts = list(dict.fromkeys(row["concept"] for row in rows))
+    if not concepts:
+        return
+    figure = Figure(figsize=(5.5 * len(concepts), 4.5), layout="constrained")
+    for axes, concept in zip(figure.subplots(1, len(concepts), squeeze=False)[0], concepts, strict=True):
+        for row in rows:
+            if row["concept"] != concept:
+                continue
+            x, y = kept[row["way"]], Rate(**row["found"])
+            errors = [[[r.value - r.low], [r.high - r.value]] for r in (x, y)]
+            axes.errorbar(x.value, y.value, xerr=errors[0], yerr=errors[1], fmt="o", capsize=2)
+            axes.annotate(row["way"], (x.value, y.value), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        labels = {"xlabel": "kept objects, eight patches together", "ylabel": f"{concept} found by inversion"}
+        axes.set(xlim=(-0.03, 1.15), ylim=(-0.03, 1.08), **labels)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
