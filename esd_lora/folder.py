@@ -11,9 +11,9 @@ from filelock import FileLock, Timeout
 
 from esd_lora.bases.base import Base
 from esd_lora.checkpoint import Checkpoints
-from esd_lora.errors import OutputError
+from esd_lora.errors import OutputError, RecipeError
 from esd_lora.patch import FILE_NAME, Patch, load_patch, unfinished
-from esd_lora.recipe import Recipe
+from esd_lora.recipe import Recipe, read_recipe
 
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
@@ -72,15 +72,23 @@ def finished_run(out: Path, recipe: Recipe, base: Base, *, resume: bool) -> Patc
             raise OutputError(f"{out}: {begun or 'not empty, and holds no run; '}choose another --out")
     elif not resume:
         raise OutputError(f"{out}: holds another run; choose another --out, or go on with it by --resume")
-    elif not written.exists() or written.read_text(encoding="utf-8") != recipe.to_yaml():
+    elif not _is_of(written, recipe):
         raise OutputError(f"{out}: holds a run of another recipe, which this one cannot resume; choose another --out")
     for part in left:
         shutil.rmtree(part)
     if not (out / FILE_NAME).exists():
         return None
     patch = load_patch(out)
-    told = patch.info.get("recipe"), patch.info.get("base", {}).get("fingerprint")
-    if told != (recipe.to_dict(), base.fingerprint):
+    fingerprint = patch.info.get("base", {}).get("fingerprint")
+    if not recipe.equals(patch.info.get("recipe")) or fingerprint != base.fingerprint:
         raise OutputError(f"{out}: holds a patch of another recipe or base; choose another --out")
     checkpoints.remove()  # the run was killed between the patch and this
     return patch
+
+
+def _is_of(written: Path, recipe: Recipe) -> bool:
+    """Whether this file is there and has the recipe."""
+    try:
+        return recipe.equals(read_recipe(written))
+    except RecipeError:
+        return False

@@ -210,6 +210,13 @@ class Recipe(BaseModel):
         """The recipe as plain JSON values, in the order of the fields."""
         return self.model_dump(mode="json", by_alias=True)
 
+    def equals(self, values: object) -> bool:
+        """Whether these are its keys and values; a key that an earlier version did not know yet has its default."""
+        try:
+            return Recipe.model_validate(values) == self
+        except ValidationError:
+            return False
+
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a recipe file, not yet validated.

@@ -486,7 +486,7 @@ def _restore(run: Run, checkpoints: Checkpoints) -> None:
     if not saved:
         return
     tensors, optimizer, state = saved
-    if state["recipe"] != run.recipe.to_dict():
+    if not run.recipe.equals(state["recipe"]):
         raise OutputError(f"{checkpoints.folder}: its checkpoint is of another recipe; choose another --out")
     if state["fingerprint"] != run.base.fingerprint:
         raise OutputError(f"{checkpoints.folder}: its checkpoint is of a base with other weights; choose another --out")

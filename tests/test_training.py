@@ -363,6 +363,22 @@ def test_a_run_that_broke_off_before_its_first_checkpoint_starts_again(
     assert same(train(recipe_of(), base, out=tmp_path / "run", resume=True).tensors, train(recipe_of(), base).tensors)
 
 
+def test_a_run_of_a_version_that_knew_fewer_keys_is_gone_on_with(
+    base: Base, recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out, honest = recipe_of(steps=4, checkpoint_every=2), tmp_path / "run", Recipe.to_dict
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Recipe, "to_dict", lambda self: {k: v for k, v in honest(self).items() if k != "robust"})
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, base, out=out, on_step=stop_at(3))
+    assert "robust" not in (out / "recipe.yaml").read_text()
+    finished = train(recipe, base, out=out, resume=True)
+    assert same(finished.tensors, train(recipe, base).tensors)
+    (out / "recipe.yaml").write_text("base: [")
+    with pytest.raises(OutputError, match="another recipe"):
+        train(recipe, base, out=out, resume=True)
+
+
 def test_a_finished_run_is_not_taken_for_that_of_another_base(base: Base, recipe_of: RecipeOf, tmp_path: Path) -> None:
     train(recipe_of(), base, out=tmp_path / "run")
     base.fingerprint = "0" * 64  # as after an update of the base's weights
