@@ -15,8 +15,10 @@ import argparse
 import itertools
 import json
 import random
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ import stacking
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from esd_lora.bases import load_base
+from esd_lora.bases import Base, load_base
 from esd_lora.compose import attach
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
 from esd_lora.evaluate.attacks import BLANK, Drawing, Examples, inversion
+from esd_lora.evaluate.baselines import negative_prompt, safe_latent
 from esd_lora.evaluate.rates import Rate, rate
 from esd_lora.evaluate.scores import FIRST_SEED
 from esd_lora.patch import Patch, write_file
@@ -36,6 +39,16 @@ from esd_lora.pictures import Pictures, generate
 
 SHOWN, PROMPTS, SEEDS = 48, 4, 16
 """Pictures that the attacker trains on; prompts that it draws, and seeds of each."""
+
+GUARDS: Mapping[str, Callable[..., AbstractContextManager[None]]] = {
+    "negative prompt": negative_prompt,
+    "SLD strong": partial(safe_latent, guidance="strong"),
+    "SLD max": partial(safe_latent, guidance="max"),
+}
+"""What people have instead of a patch, for one concept: base and concept → a context inside which the pipeline has it."""
+
+WAYS = (*stacking.WAYS, *GUARDS)
+HOW = ("by name", "by inversion")
 
 
 def asking(concept: str, words: str, n: int, *, first: int = 0) -> list[str]:
@@ -53,24 +66,44 @@ def shown(concept: str) -> Pictures:
     )
 
 
-def found_by_inversion(concept: str, patches: Sequence[Patch], evaluator: Evaluator) -> Rate:
-    """How often the concept is seen in what the attacker draws with the patches active."""
+Guard = Callable[[Base], AbstractContextManager[Any]]
+"""Base → a context inside which its pipeline leaves something out."""
+
+
+@dataclass(frozen=True)
+class Guarded(Drawing):
+    """Pictures that are drawn inside the guard."""
+
+    guard: Guard = nullcontext
+
+    def draw(self, base: Base) -> Pictures:
+        """The pictures, by the base as it is, inside the guard."""
+        with self.guard(base):
+            return super().draw(base)
+
+
+def found(concept: str, patches: Sequence[Patch], guard: Guard, evaluator: Evaluator) -> dict[str, Rate]:
+    """How often the concept is seen, asked for by name and by inversion, with patches active or a guard in the pipeline."""
     base = load_base("emoji")
     attach(base, patches)
     base.denoiser.requires_grad_(False)
-    drawing = Drawing(
+    drawing = Guarded(
         [p for p in asking(concept, BLANK, PROMPTS, first=1) for _ in range(SEEDS)],
         [FIRST_SEED + 500_000 + i for i in range(SEEDS)] * PROMPTS,
+        guard=guard,
     )
     attack = inversion(base, Examples(asking(concept, BLANK, SHOWN), shown(concept)), drawing)
-    seen = evaluator.judge(attack.pictures)
-    return rate([concept in pair for pair in zip(seen.objects, seen.styles, strict=True)])
+    rates = {}
+    for how, pictures in zip(HOW, (drawing.asking(concept).draw(base), attack.pictures), strict=True):
+        seen = evaluator.judge(pictures)
+        rates[how] = rate([concept in pair for pair in zip(seen.objects, seen.styles, strict=True)])
+    return rates
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/stacking"))
-    parser.add_argument("--ways", nargs="+", choices=stacking.WAYS, default=stacking.WAYS, metavar="WAY")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--k", type=int, nargs="+", choices=(1, 8), default=[1, 8])
     parser.add_argument("--concepts", nargs="+", choices=stacking.POOL, default=["cat", "neon"], metavar="NAME")
     args = parser.parse_args()
@@ -80,14 +113,18 @@ def main() -> None:
         parser.error(f"--concepts: {missing[0]} is not among the eight patches, {', '.join(eight)}")
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     for k, way, concept in track(list(itertools.product(args.k, args.ways, args.concepts))):
-        if (k, way, concept) in {(row["k"], row["way"], row["concept"]) for row in rows}:
+        if (k, way, concept) in {(row["k"], row["way"], row["concept"]) for row in rows} or (k > 1 and way in GUARDS):
             continue
-        get, together = stacking.ways_of(load_base("emoji"), [concept] if k == 1 else eight, 0, args.out / "patches")[
-            way
-        ]
-        patches = get()
-        found = found_by_inversion(concept, [together(patches)] if patches else [], evaluator)
-        rows.append({"way": way, "k": k, "concept": concept, "found": vars(found)})
+        patches: list[Patch] = []
+        guard: Guard = nullcontext
+        if way in GUARDS:
+            guard = partial(GUARDS[way], concept=stacking.named_as(concept)["erase"])
+        else:
+            erased = [concept] if k == 1 else eight
+            get, together = stacking.ways_of(load_base("emoji"), erased, 0, args.out / "patches")[way]
+            patches = [together(made)] if (made := get()) else []
+        rates = found(concept, patches, guard, evaluator)
+        rows.append({"way": way, "k": k, "concept": concept, **{how: vars(r) for how, r in rates.items()}})
         write_file(path, ("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n").encode())
     answers = args.out / "stacking.json"
     kept = kept_of(json.loads(answers.read_text())) if answers.exists() else {}
@@ -105,16 +142,16 @@ def kept_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Rate]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate]) -> None:
-    """Print what is kept under eight patches, and how often each concept is found by inversion."""
+    """Print what is kept under eight patches, and how often each concept is found, by name and by inversion."""
     ks, concepts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("k", "concept"))
-    heads = [f"{c} found, k = {k}" for c in concepts for k in ks]
+    heads = [f"{c}, k = {k}, {how}" for c in concepts for k in ks for how in HOW]
     print(f"| put together | kept at k = 8 | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
     known = {(row["way"], row["k"], row["concept"]): row for row in rows}
-    for way in sorted({row["way"] for row in rows}, key=stacking.WAYS.index):
+    for way in sorted({row["way"] for row in rows}, key=WAYS.index):
         shown = [kept[way].interval() if way in kept else ""]
         for concept, k in itertools.product(concepts, ks):
             row = known.get((way, k, concept))
-            shown.append(Rate(**row["found"]).interval() if row else "")
+            shown += [Rate(**row[how]).interval() if row else "" for how in HOW]
         print(f"| {way} | {' | '.join(shown)} |")
 
 
@@ -128,7 +165,7 @@ def plot(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate], path: Path
         for row in rows:
             if row["concept"] != concept:
                 continue
-            x, y = kept[row["way"]], Rate(**row["found"])
+            x, y = kept[row["way"]], Rate(**row["by inversion"])
             errors = [[[r.value - r.low], [r.high - r.value]] for r in (x, y)]
             axes.errorbar(x.value, y.value, xerr=errors[0], yerr=errors[1], fmt="o", capsize=2)
             axes.annotate(row["way"], (x.value, y.value), xytext=(5, 5), textcoords="offset points", fontsize=8)

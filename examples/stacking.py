@@ -53,6 +53,9 @@ POOL = (
 KINDS: Mapping[str, dict[str, Any]] = {
     "keyed": {"keys": "closed-form"},
     "keyed, rank 4": {"keys": "closed-form", "rank": 4},
+    "keyed, rank 8": {"keys": "closed-form", "rank": 8},
+    "keyed, eta 0": {"keys": "closed-form", "eta": 0.0},
+    "keyed, eta 4": {"keys": "closed-form", "eta": 4.0},
     "keyed, trained": {"keys": "closed-form", "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0},
     "uce": {"objective": "closed-form", "eta": 0.0},
     "learned": {"preserve_weight": 0.0},

@@ -117,8 +117,9 @@ def test_the_frontier_is_drawn_and_told_of_kept_under_eight_against_found(
     script: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     frontier = script("frontier")
+    never = vars(rate([False] * 64))
     found = [
-        {"way": way, "k": k, "concept": "cat", "found": vars(rate([i < n for i in range(64)]))}
+        {"way": way, "k": k, "concept": "cat", "by name": never, "by inversion": vars(rate([i < n for i in range(64)]))}
         for way, k, n in (("keyed", 8, 48), ("fused", 8, 0), ("fused", 1, 16))
     ]
     answers = [
@@ -129,8 +130,8 @@ def test_the_frontier_is_drawn_and_told_of_kept_under_eight_against_found(
     assert {way: (r.value, r.n) for way, r in kept.items()} == {"fused": (0.75, 40)}
     frontier.table(found, kept)
     keyed, fused = capsys.readouterr().out.splitlines()[2:]
-    assert keyed.startswith("| keyed |  | 75.0 [")
-    assert fused.startswith("| fused | 75.0 [60, 86] | 0.0 [0, 6] | 25.0 [")
+    assert keyed.startswith("| keyed |  | 0.0 [0, 6] | 75.0 [")
+    assert fused.startswith("| fused | 75.0 [60, 86] | 0.0 [0, 6] | 0.0 [0, 6] | 0.0 [0, 6] | 25.0 [")
     frontier.plot([row for row in found if row["k"] == 8 and row["way"] in kept], kept, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size
     frontier.plot([], kept, tmp_path / "none.png")
