@@ -291,7 +291,13 @@ def evaluate(
     evaluator: Annotated[
         str, typer.Option(help="emoji, clip:MODEL, imagenet:MODEL, nudenet[:PROFILE] or open-nsfw.")
     ] = "emoji",
-    against: Annotated[list[str] | None, typer.Option(help=f"A baseline; repeat for several. {AGAINST}")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"A baseline; repeat for several: {AGAINST} filter is the base's own safety checker (emoji: a second "
+            "classifier), filter:PIPELINE that of another pipeline, a folder or a Hub id."
+        ),
+    ] = None,
     gold: Annotated[Path | None, typer.Option(help="A base trained without the concept, to compare with.")] = None,
     weight: Annotated[list[float] | None, typer.Option(help="Of the patches; repeat for a curve. Default: 1.")] = None,
     target_seeds: Annotated[
@@ -318,6 +324,7 @@ def evaluate(
         how |= {"revision": revision, "device": device, "dtype": dtype, "weights": weight or [1.0]}
         how |= {"answers": answers, "evaluator": evaluator, "against": against or [], "gold": gold}
         _quiet_libraries()
+        from esd_lora import processes
         from esd_lora.evaluate.comparing import Sampling, evaluate_patches
         from esd_lora.evaluate.page import make_report, points_of, rate_table
 
@@ -326,6 +333,7 @@ def evaluate(
         with _progress("evaluate", None, quiet=quiet) as step:
             how |= {"sampling": sampling, "command": command, "on_step": _by_stage(step)}
             found = evaluate_patches(base, loaded, out, **how)
+        processes.leave()
         if as_json:
             _print(found, as_json=True)
         else:

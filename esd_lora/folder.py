@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from esd_lora import processes
 from esd_lora.bases.base import Base
 from esd_lora.checkpoint import Checkpoints
 from esd_lora.errors import OutputError, RecipeError
@@ -50,6 +51,24 @@ def locked(out: Path) -> Iterator[None]:
         for p in made:  # deepest first
             with suppress(OSError):
                 p.rmdir()
+
+
+@contextmanager
+def shared(out: Path) -> Iterator[None]:
+    """Inside, the processes of this run have the folder, and no other; see `locked`.
+
+    Raises:
+        OutputError: Another run has it, it cannot be made or written to, or not all of the processes see it.
+    """
+
+    def look() -> None:
+        if not (out / LOCK).is_file():
+            raise OutputError(f"{out}: not the same folder for all processes; choose one that all machines share")
+
+    with ExitStack() as held:
+        processes.agreed(lambda: held.enter_context(locked(out)))
+        processes.each(look)
+        yield
 
 
 def finished_run(out: Path, recipe: Recipe, base: Base, *, resume: bool) -> Patch | None:

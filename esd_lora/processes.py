@@ -1,4 +1,4 @@
-"""The processes that make one patch together, as `accelerate launch` starts them; one alone is the usual case.
+"""The processes that make one patch or report together, as `accelerate launch` starts them; one alone is the usual case.
 
 All take the same steps, each on its share of every batch, and stay equal because what they add up is the same for all. What
 only one may do, the main process does, and tells the others how it went.
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather, reduce
+from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -67,6 +67,31 @@ def agreed(work: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def each(work: Callable[[], T]) -> T:
+    """What `work` returns in this process, once all have done their own.
+
+    Raises:
+        EsdLoraError: What it raises in the first process where it does, in all.
+    """
+    if count() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    try:
+        outcome[0] = work()
+    except EsdLoraError as error:
+        outcome[1] = error
+    for raised in gather_object(outcome[1:]):
+        if raised:
+            raise raised
+    result: T = outcome[0]
+    return result
+
+
+def mine() -> slice:
+    """This process's share of a batch, or of batches: every n-th, so that none comes twice."""
+    return slice(PartialState().process_index, None, count())
 
 
 def share(items: Sequence[T]) -> list[T]:

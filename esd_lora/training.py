@@ -304,16 +304,11 @@ def _search(run: Run) -> None:
                 run.asked[number % len(run.asked)],
                 batch_size=recipe.batch_size,
                 seed=_seed(recipe.seed, "adversary", number),
-                mine=_mine(run),
+                mine=processes.mine(),
                 on_step=on_step,
             )
             run.conditions = Condition.cat([run.conditions, found])
             run.passes += adversary.passes(recipe.batch_size)
-
-
-def _mine(run: Run) -> slice:
-    """This process's share of a batch."""
-    return slice(run.accelerator.process_index, None, run.accelerator.num_processes)
 
 
 def _fill_banks(run: Run) -> None:
@@ -362,7 +357,7 @@ def _step(run: Run) -> None:
     """One gradient step on a batch of erasing and, where asked for, as many preserving examples."""
     recipe, accelerator = run.recipe, run.accelerator
     x, t, target, s, weight = [], [], [], [], []
-    mine = _mine(run)
+    mine = processes.mine()
     for kind, (name, bank) in enumerate(run.banks.items()):
         order = _rows(len(bank), run.step, recipe, kind)
         rows = _sent(order[mine], bank.x.device)

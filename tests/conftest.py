@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_tiny
+from tiny import save_checked, save_tiny
 from torch import Tensor
 
 from esd_lora import cli
@@ -47,6 +47,11 @@ def _in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def checked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checked(tmp_path_factory.mktemp("checked"))
 
 
 @pytest.fixture

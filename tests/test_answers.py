@@ -468,21 +468,31 @@ def test_a_picture_that_cannot_be_read_is_named(base: Base, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-def test_several_processes_draw_their_shares_and_have_all_pictures(base: Base, patch: Patch, tmp_path: Path) -> None:
+def test_several_processes_draw_their_shares_and_have_all_pictures(
+    base: Base, patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asks = ASKS[:5]
+    how: dict[str, Any] = {"patches": [patch], "steps": 2, "batch_size": 2}
+    drawn: list[int] = []
+    honest = module._draw
+
+    def spy(base: Base, batch: Any, *rest: Any, **how: Any) -> None:
+        drawn.append(len(batch))
+        honest(base, batch, *rest, **how)
+
+    monkeypatch.setattr(module, "_draw", spy)
 
     def work(rank: int) -> None:
         told: list[tuple[int, int]] = []
-        found = draw_answers(
-            base, asks, tmp_path / "shared", patches=[patch], steps=2, on_picture=lambda *n: told.append(n)
-        )
+        found = draw_answers(base, asks, tmp_path / "shared", **how, on_picture=lambda *n: told.append(n))
         for i, picture in enumerate(found):
             picture.save(tmp_path / f"{rank}-{i}.png")
-        assert told == ([(3, 3)] if rank == 0 else [])
+        assert told == ([(2, 3), (3, 3)] if rank == 0 else [])
+        assert drawn == ([2, 1] if rank == 0 else [2])  # no picture twice
         assert processes.count() == 2
 
     assert launch(work) == [0, 0]
     assert len(list((tmp_path / "shared").iterdir())) == 5
-    alone = draw_answers(base, asks, tmp_path / "alone", patches=[patch], steps=2)
-    for rank in (0, 1):
-        assert apart([Image.open(tmp_path / f"{rank}-{i}.png") for i in range(5)], alone) <= 1
+    alone = draw_answers(base, asks, tmp_path / "alone", **how)
+    for rank in (0, 1):  # drawn in the same batches, and so equal to the bit
+        assert apart([Image.open(tmp_path / f"{rank}-{i}.png") for i in range(5)], alone) == 0

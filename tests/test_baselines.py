@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -14,11 +16,10 @@ import torch
 from conftest import same, weights_of
 from diffusers import HeunDiscreteScheduler, PNDMScheduler, StableDiffusionPipelineSafe
 from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from tiny import NOISE, TINY, tiny_flux, tiny_pipeline, tiny_sd3, tiny_xl
+from safetensors.torch import load_file, save_file
+from tiny import NOISE, TINY, checked_by, tiny_flux, tiny_pipeline, tiny_sd3, tiny_xl
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from esd_lora.bases import Base, base_of
 from esd_lora.compose import attach, check_fits
@@ -406,32 +407,34 @@ def test_the_emoji_filter_asks_the_second_evaluator() -> None:
         emoji_filter("unicorn")
 
 
-def test_the_safety_checker_of_a_pipeline_is_a_filter() -> None:
-    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    checker = StableDiffusionSafetyChecker(
-        CLIPConfig(vision_config={**tiny, "image_size": 16, "patch_size": 8}, text_config=tiny, projection_dim=8)
-    ).eval()
-    with torch.no_grad():
-        checker.concept_embeds.normal_()
-        checker.concept_embeds_weights.fill_(0.6)
-        checker.special_care_embeds_weights.fill_(2)  # above any cosine
-    pipe = tiny_pipeline()
-    pipe.safety_checker = checker
-    pipe.feature_extractor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
+def test_the_safety_checker_of_a_pipeline_is_a_filter(checked_folder: Path) -> None:
     noise = torch.randint(256, (7, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     pictures = [Image.fromarray(p.numpy()) for p in noise] + colours("red", "black", "white", "blue", "yellow")
-    one_by_one = []
-    for picture in pictures:
-        given = pipe.feature_extractor([picture], return_tensors="pt").pixel_values
-        one_by_one.append(not checker(clip_input=given, images=torch.zeros(1, 1))[1][0])
+    one_by_one = checked_by(checked_folder, pictures)
     assert len(set(one_by_one)) == 2
-    shown, passed = safety_checker_filter(pipe, batch_size=5).filtered(pictures)
+    shown, passed = safety_checker_filter(str(checked_folder), batch_size=5).filtered(pictures)
     assert passed == one_by_one
     blank = [p.getbbox() is None for p in shown]
     assert blank == [not ok or p.getbbox() is None for ok, p in zip(passed, pictures, strict=True)]
-    with pytest.raises(BaseModelError, match=r"^StableDiffusionPipeline: this pipeline has no safety checker$"):
-        safety_checker_filter(tiny_pipeline())
+
+
+def test_a_safety_checker_that_is_not_whole_is_refused(checked_folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Weights that are missing would be drawn at random, and the filter would black out anything."""
+    (tmp_path / "model.safetensors").touch()
+    for where in (tiny_folder, tmp_path / "model.safetensors"):
+        with pytest.raises(BaseModelError, match=f"^{where}: has no safety checker$"):
+            safety_checker_filter(str(where))
+    broken = shutil.copytree(checked_folder, tmp_path / "broken")
+    weights = broken / "safety_checker" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["concept_embeds"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    lacks = "its weights lack concept_embeds, which StableDiffusionSafetyChecker needs"
+    with pytest.raises(BaseModelError, match=f"^{broken}: safety checker: {lacks}$"):
+        safety_checker_filter(str(broken))
+    weights.unlink()
+    with pytest.raises(BaseModelError, match=f"^{broken}: safety checker: cannot be loaded: "):
+        safety_checker_filter(str(broken))
 
 
 # ---- other ways to train ----------------------------------------------------------------------------------------

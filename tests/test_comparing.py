@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,11 +16,15 @@ import pytest
 import torch
 import yaml
 from conftest import Call, same, weights_of
+from PIL import Image
+from test_processes import launch
+from tiny import checked_by
 
 from esd_lora.bases import Base, load_base
 from esd_lora.compose import attach
 from esd_lora.emoji.vocabulary import prompt
 from esd_lora.errors import PatchError, RecipeError
+from esd_lora.evaluate import comparing as module
 from esd_lora.evaluate import ways
 from esd_lora.evaluate.answers import Answers, Ask, Target
 from esd_lora.evaluate.comparing import (
@@ -33,9 +38,11 @@ from esd_lora.evaluate.comparing import (
     spread,
     ways_of,
 )
+from esd_lora.evaluate.drift import kid
 from esd_lora.evaluate.evaluators import Seen
-from esd_lora.evaluate.page import Method, make_report, points_of, write_page
+from esd_lora.evaluate.page import Method, Row, make_report, points_of, write_page
 from esd_lora.evaluate.ways import BASELINES, Subject, baseline_way
+from esd_lora.folder import locked
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures
 from esd_lora.recipe import Concept, Recipe
@@ -101,6 +108,43 @@ def test_every_way_draws_the_same_answers_and_controls_do_what_they_must(
     gaps = {m["about"]: m["value"] for m in report["measures"]}
     assert len(gaps) == 4
     assert all(value != 0 for value in gaps.values())  # the patch changes what it denoises
+
+
+class Colours(Brightness):
+    """Also tells the mean of each channel."""
+
+    def features(self, pictures: Pictures) -> torch.Tensor:
+        return torch.tensor(np.array([np.asarray(p.convert("RGB"), np.float32).mean((0, 1)) / 64 for p in pictures]))
+
+
+def test_kid_is_of_the_kept_pictures_of_every_place_and_can_be_computed_again(
+    comparison: Comparison, subject: Subject, patch: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RULED", 4)
+    found, judged = ways_of(subject, {"runs/cat": patch}, weights=[0.5, 1.0]), replace(comparison, evaluator=Colours())
+    report = compare(judged, found, title="A cat", command="esd-lora eval")
+    points = {p.key: p for p in points_of(make_report(report)) if p.method.role != "base"}
+    told = {f"{d['method']}@{d['strength']:g}": d for d in report["distances"]}
+    assert list(told) == list(points)
+
+    def features(rows: Sequence[Row]) -> torch.Tensor:
+        return Colours().features([Image.open(comparison.folder / str(r.picture)) for r in rows if r.group != "target"])
+
+    for key, point in points.items():
+        value, error = kid(features(point.bare), features(point.rows), pairs=True)
+        assert told[key]["value"] == pytest.approx(value, abs=1e-9)  # nine digits are kept
+        assert told[key]["high"] - told[key]["low"] == pytest.approx(2 * 1.96 * error, abs=2e-9)
+        assert (told[key]["n"], told[key]["about"]) == (16, "features of brightness")
+    assert (told["null@1"]["value"], told["null@1"]["low"], told["null@1"]["high"]) == (0, 0, 0)
+    assert told["scrambling@1"]["value"] > told["cat@1"]["value"]
+
+    def counts(changed: Comparison) -> set[int]:
+        return {d["n"] for d in compare(changed, found, title="A cat", command="esd-lora eval")["distances"]}
+
+    monkeypatch.setattr(module, "PAIRED", 4)
+    assert counts(judged) == {4}
+    assert counts(replace(judged, answers=Answers(ASKS[:10], CAT))) == set()  # two without a cat are too few
+    assert counts(comparison) == set()  # its evaluator has no features
 
 
 def test_a_comparison_that_is_made_again_draws_nothing_and_says_the_same(
@@ -203,8 +247,11 @@ def test_a_page_shows_each_way_at_its_default_without_controls(subject: Subject,
 def test_what_cannot_be_compared_is_one_line(subject: Subject, base: Base, patch: Patch, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^--against sdl: unknown; there are sld, negative-prompt, "):
         baseline_way("sdl", subject)
-    with pytest.raises(RecipeError, match=r"^--against filter: emoji alone comes with a classifier to filter by, not "):
-        baseline_way("filter", subject)
+    for name in ("filter:", "sld:x"):
+        with pytest.raises(
+            RecipeError, match=f"^--against {name}: unknown; there are sld, .*, uce, and filter:PIPELINE$"
+        ):
+            baseline_way(name, subject)
     with pytest.raises(RecipeError, match="emoji alone has an answer set of its own; give --answers"):
         questions("some/base", patch, None)
     path = tmp_path / "set.yaml"
@@ -219,6 +266,97 @@ def test_what_cannot_be_compared_is_one_line(subject: Subject, base: Base, patch
     hat = Patch(patch.tensors, {"recipe": {"concepts": [{"erase": "party hat", "from": "cat"}]}})
     with pytest.raises(RecipeError, match="no grid asks for it"):
         questions("emoji", hat, None)
+
+
+# ---- safety checkers ---------------------------------------------------------------------------------------------
+
+
+def cats_on(base: Path, patch_folder: Path, *, seeds: int = 8) -> list[object]:
+    """Of `eval`, on a tiny base, into `report`."""
+    prompts = [{"prompt": f"a {label}", "wanted": {"object": label}, "seeds": seeds} for label in ("cat", "dog")]
+    Path("set.yaml").write_text(yaml.safe_dump({"target": {"kind": "object", "label": "cat"}, "prompts": prompts}))
+    given = ["eval", "--base", base, "--patch", patch_folder, "--answers", "set.yaml", "--steps", 2, "--out", "report"]
+    return [*given, "--evaluator", "emoji", "--device", "cpu", "--dtype", "fp32", "--quiet"]
+
+
+def test_the_command_line_filters_by_the_safety_checker_of_the_base_or_of_another_pipeline(
+    checked_folder: Path, patch_folder: Path, call: Call
+) -> None:
+    elsewhere = f"filter:{checked_folder}"
+    told = call(*cats_on(checked_folder, patch_folder), "--against", "filter", "--against", elsewhere)
+    assert (told.code, told.err) == (0, "")
+    report = make_report(json.loads(Path("report/report.json").read_text()))
+    points = {p.key: p for p in points_of(report)}
+    own, other = points["post-filter@0.5"], points[f"post-filter {checked_folder}@0.5"]
+    drawn = [Image.open(Path("report") / str(r.picture)) for r in own.bare]
+    shown = [r.picture != "pictures/black-16x16.png" for r in own.rows]
+    assert shown == checked_by(checked_folder, drawn)
+    assert set(shown) == {True, False}
+    assert [r.picture for r in other.rows] == [r.picture for r in own.rows]
+    assert own.label == ""  # it says 0 or 1, and has no threshold to be swept
+    assert "post-filter</th>" in Path("report/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("filter", "{base}: has no safety checker"),
+        ("filter:nowhere", "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
+        ("filter:.", ".: no model_index.json in this folder, so it is not a diffusers pipeline"),
+    ],
+)
+def test_a_base_without_a_safety_checker_is_told_what_to_name(
+    name: str, told: str, tiny_folder: Path, patch_folder: Path, call: Call
+) -> None:
+    found = call(*cats_on(tiny_folder, patch_folder), "--against", name)
+    remedy = "name a pipeline that has one, as in filter:stable-diffusion-v1-5/stable-diffusion-v1-5"
+    expected = f"error: --against filter: {told.format(base=tiny_folder)}; {remedy}\n"
+    assert (found.code, found.out, found.err) == (2, "", expected)
+    assert not Path("report").exists()
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_several_processes_make_the_report_of_one(
+    tiny_folder: Path, patch_folder: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "OWN", {name: {"steps": 2, "lr": 1e-2} for name in ("esd-x", "esd-u")})
+    monkeypatch.setattr(ways, "TRAINED", (1.0,))
+    monkeypatch.setattr(module, "CONTROLS", 8)
+    monkeypatch.setattr(module, "RULED", 4)
+    asked = [*cats_on(tiny_folder, patch_folder, seeds=18), "--against", "esd-x", "--against", "uce", "--json"]
+
+    def told(text: str) -> dict[str, Any]:
+        """A report without what it cost and where it was made."""
+        report: dict[str, Any] = json.loads(text)
+        return {**report, "made": None, "methods": [{**m, "cost": None} for m in report["methods"]]}
+
+    def work(rank: int) -> None:
+        result = call(*asked, "--out", "several")
+        assert (result.code, result.err) == (0, "")
+        assert bool(result.out) == (rank == 0)
+
+    def again(rank: int) -> None:
+        monkeypatch.setattr("esd_lora.evaluate.answers.generate", None)
+        monkeypatch.setattr(ways, "full_esd", None)
+        work(rank)
+
+    one = told(call(*asked, "--out", "one").out)
+    assert sum(row["method"] == "base" for row in one["rows"]) > 32  # more than a batch
+    assert launch(work, seconds=300) == [0, 0]
+    assert told(Path("several/report.json").read_text()) == one
+    assert {p.name for p in Path("several").iterdir()} == {"methods", "pictures", "report.json", "report.html"}
+    assert launch(again, seconds=300) == [0, 0]
+    assert told(Path("several/report.json").read_text()) == one
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(tiny_folder: Path, patch_folder: Path, call: Call) -> None:
+    with locked(Path("report")):
+        found = call(*cats_on(tiny_folder, patch_folder))
+    told = "error: report: another run is writing to it; wait for its end, or choose another --out\n"
+    assert (found.code, found.out, found.err) == (2, "", told)
 
 
 # ---- on the embedded base ----------------------------------------------------------------------------------------
@@ -253,6 +391,9 @@ def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, ca
     assert points["cat@1"].kept.value >= 0.75
     assert points["scrambling@1"].kept.value <= 0.25
     assert points["null@1"].drift(report.rulers) == pytest.approx(0, abs=0.05)
+    kids = {d.method: d for d in report.distances if d.strength == 1 or d.method == "post-filter"}
+    assert {d.about for d in kids.values()} == {"features of emoji's second evaluator"}
+    assert kids["scrambling"].low > 0 == kids["null"].value
     assert report.made.command.startswith("esd-lora eval --base emoji --patch ")
     assert call("report", "report").code == 0
 

@@ -33,6 +33,7 @@ from esd_lora.evaluate.drift import (
     noised,
     on_rulers,
     pixel_drift,
+    pooled,
     replacement_map,
 )
 from esd_lora.merging import merged_denoiser
@@ -141,14 +142,15 @@ def test_pictures_that_are_no_pairs_are_refused() -> None:
 # ---- sets of pictures -------------------------------------------------------------------------------------------
 
 
-def kid_by_loops(a: Tensor, b: Tensor) -> float:
+def kid_by_loops(a: Tensor, b: Tensor, *, pairs: bool = False) -> float:
     def k(x: Tensor, y: Tensor) -> float:
         return (sum(p * q for p, q in zip(x.tolist(), y.tolist(), strict=True)) / len(x) + 1) ** 3
 
     m, n = len(a), len(b)
     within_a = sum(k(a[i], a[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
     within_b = sum(k(b[i], b[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-    return within_a + within_b - 2 * sum(k(x, y) for x in a for y in b) / (m * n)
+    between = [k(a[i], b[j]) for i in range(m) for j in range(n) if not (pairs and i == j)]
+    return within_a + within_b - 2 * sum(between) / len(between)
 
 
 def test_kid_is_the_double_loop_and_its_error_the_jackknife() -> None:
@@ -175,11 +177,47 @@ def test_kid_tells_sets_apart_and_like_sets_not() -> None:
     assert value < -5 * error
 
 
+def test_kid_of_pairs_leaves_out_what_is_of_one_pair() -> None:
+    a, b = normal(6, 4), normal(6, 4, seed=1) + 0.3
+    value, error = kid(a, b, pairs=True)
+    assert value == pytest.approx(kid_by_loops(a, b, pairs=True), rel=1e-9)  # float64
+    rest = [torch.arange(6) != i for i in range(6)]
+    without = [kid_by_loops(a[some], b[some], pairs=True) for some in rest]
+    assert error == pytest.approx(math.sqrt(5 / 6 * sum((w - sum(without) / 6) ** 2 for w in without)), rel=1e-9)
+    assert kid(a, a, pairs=True) == pytest.approx((0, 0), abs=1e-12)  # float64
+
+
+def test_kid_of_pairs_is_unbiased_where_prompts_are_shared() -> None:
+    """A few values of pictures that have nothing but the prompt in common: as often below 0 as above, unlike those of sets."""
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(0, 120, 3):
+        prompts = 2 * normal(20, 8, seed=seed)
+        a, b = (prompts + 0.5 * normal(20, 8, seed=seed + k) for k in (1, 2))
+        for pairs, values in found.items():
+            values.append(kid(a, b, pairs=pairs)[0])
+    assert 10 <= sum(v > 0 for v in found[True]) <= 30  # of 40; chance alone is outside once in 1,000 times
+    assert sum(v > 0 for v in found[False]) == 0
+    mean, spread = np.mean(found[True]), np.std(found[True]) / math.sqrt(40)
+    assert abs(mean) < 3 * spread
+    value, error = kid(prompts, prompts + 1, pairs=True)
+    assert value > 3 * error
+
+
+def test_what_kid_is_given_is_the_last_map_without_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = noise_pictures(5, 8)
+    monkeypatch.setattr(module, "BATCH", 2)
+    found = pooled(pictures, lambda some: fake_maps(some)[::-1])
+    assert torch.allclose(found, fake_maps(pictures)[0].mean((2, 3)))
+    assert found.shape == (5, 3)
+
+
 def test_kid_of_too_little_is_refused() -> None:
     with pytest.raises(ValueError, match=r"of 3 pictures or more, of the same features; got \(2, 4\) and \(9, 4\)$"):
         kid(normal(2, 4), normal(9, 4))
     with pytest.raises(ValueError, match=r"got \(5, 4\) and \(5, 3\)$"):
         kid(normal(5, 4), normal(5, 3))
+    with pytest.raises(ValueError, match=r"^pairs of 5 and 6 pictures$"):
+        kid(normal(5, 4), normal(6, 4), pairs=True)
 
 
 # ---- the denoiser -----------------------------------------------------------------------------------------------

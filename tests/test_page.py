@@ -187,6 +187,11 @@ def sample(folder: Path | None = None) -> dict[str, Any]:
             {"method": "patch", "strength": 1, "about": "denoise gap of target pictures, by " + words, "value": v,
              "low": v - 0.01, "high": v + 0.01, "n": 12} for words, v in (("their prompts", 0.31), ("the empty prompt", 0.02))
         ],
+        "distances": [
+            {"method": m, "strength": s, "about": "features of a network", "value": v, "low": v - e, "high": v + e, "n": 168}
+            for m, s, v, e in [("patch", 1, 0.0421, 0.0125), ("scrambling patch", 1, 194.0, 48.0), ("patch", 0.5, -2e-5, 0.01)]
+        ],
+        "left_out": {"prefix search": "it reads words through a text encoder that this base does not have"},
         "limits": ["Anything about photographs: the base draws emoji of 64 pixels."],
         "made": {
             "command": "esd-lora eval --base emoji --patch runs/cat --attack inversion --out runs/cat/eval",
@@ -345,6 +350,8 @@ def recount(report: dict[str, Any]) -> dict[str, str]:
             f"n {name}": str(len(rows)),
             f"drift {name}": f"{(sum(r['drift'] for r in others) / len(others) - 0.001) / 0.5:.3f}",
         }
+        sets = [d for d in report["distances"] if f"{d['method']}@{d['strength']:g}" == name]
+        want[f"kid {name}"] = "{value:.3g} [{low:.3g}, {high:.3g}] n {n}".format(**sets[0]) if sets else "–"
         for kind, label in {(k, x) for r in rows if name in shown for k, x in r["wanted"].items()}:
             some = [right(r, kind) for r in (asks if label == "cat" else others) if r["wanted"][kind] == label]
             want[f"concept {label == 'cat'} {kind} {label} {name}"] = f"{100 * sum(some) / len(some):.0f}"
@@ -430,7 +437,9 @@ def test_there_are_no_other_numbers_on_it(report: tuple[dict[str, Any], Path]) -
     body = re.sub(r'<(\w+)[^>]* data-is="[^"]*"[^>]*>.*?</\1>', "", body, flags=re.DOTALL)
     told = {k: v for k, v in values.items() if k != "rows"}
     rows = (f"{r['strength']:g} {r['prompt']} {r['seed']}" for r in values["rows"])
-    known = " ".join([json.dumps(told), *rows, "95 % worst 1 2 3", *map(str, (0, 20, 40, 60, 80, 90, 100))])
+    known = " ".join(
+        [json.dumps(told), *rows, "95 % worst 1 2 3", "2023 2302.04222", *map(str, (0, 20, 40, 60, 80, 90, 100))]
+    )
     number = re.compile(r"\d+(?:\.\d+)?")
     assert set(number.findall(words_of(body))) <= set(number.findall(known))
 
@@ -544,15 +553,33 @@ def test_pictures_are_blurred_where_the_report_says_so(report: tuple[dict[str, A
     assert "show the pictures that are blurred" in page
 
 
+def test_what_was_left_out_of_the_attacks_is_told_with_its_reason(tmp_path: Path) -> None:
+    def told(**changes: Any) -> str:
+        page = write_page({**sample(), **changes}, tmp_path / "report.html").read_text()
+        return words_of(page.partition('<section id="attacks">')[2].partition("</section>")[0])
+
+    reasons = {"prefix search": "it is for Stable Diffusion 1", "scaling, <i>floor</i>": "a < b & c"}
+    listed = "Left out: prefix search: it is for Stable Diffusion 1 scaling, &lt;i&gt;floor&lt;/i&gt;: a &lt; b &amp; c"
+    assert told(left_out=reasons).endswith(listed)
+    assert told(left_out=reasons, attacks=[]).endswith(listed)
+    assert "Left out" not in told(left_out={})
+
+
+def test_the_limits_tell_what_it_is_not_compared_with_and_why(report: tuple[dict[str, Any], Path]) -> None:
+    limits = words_of(report[1].read_text().partition('id="limits">')[2].partition("</section>")[0])
+    assert "such as Glaze (Shan et al. 2023, arXiv:2302.04222). That has another threat model" in limits
+    assert report[0]["limits"][0] in limits
+
+
 def test_a_report_without_pictures_attacks_or_other_kinds_says_so(tmp_path: Path) -> None:
-    values = {**sample(), "attacks": [], "measures": [], "rulers": None}
+    values = {**sample(), "attacks": [], "measures": [], "distances": [], "rulers": None}
     for row in values["rows"]:
         del row["wanted"]["style"], row["seen"]["style"], row["drift"]
     page = write_page(values, tmp_path / "report.html").read_text()
     assert "Same prompt, same noise" not in page
     assert "nothing is known of how well the erasure resists" in page
     assert "None was made." in page
-    assert not {k for k in said_by(page) if k.startswith(("cra", "at target", "drift", "measure"))}
+    assert not {k for k in said_by(page) if k.startswith(("cra", "at target", "drift", "kid", "measure"))}
 
 
 def change(values: dict[str, Any], *path: Any) -> None:
@@ -656,9 +683,12 @@ def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path
     assert (told.code, told.err) == (0, "")
     assert (tmp_path / "report.html").read_bytes() == write_page(values, tmp_path / "again.html").read_bytes()
     attacks = [{**values["attacks"][0], "name": "found beside it"}]
-    (tmp_path / "attacks.json").write_text(json.dumps({"schema": 1, "attacks": attacks}))
+    evidence = {"schema": 1, "attacks": attacks, "left_out": {"inversion": "no room beside it"}}
+    (tmp_path / "attacks.json").write_text(json.dumps(evidence))
     assert call("report", tmp_path).code == 0
-    assert "found beside it" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "found beside it" in page
+    assert "<li><b>inversion</b>: no room beside it</li>" in page
     for text, message in [
         ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("[]", "not a report, which is a JSON object"),

@@ -22,6 +22,7 @@ from test_training import FINISHED, checkpoint, losses_in, names_in
 from esd_lora import processes, training
 from esd_lora.bases import Base
 from esd_lora.errors import OutputError, RecipeError
+from esd_lora.folder import shared
 from esd_lora.patch import Patch, load_patch, write_file
 from esd_lora.training import train
 from esd_lora.trajectories import Bank
@@ -29,8 +30,11 @@ from esd_lora.trajectories import Bank
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
 
-def launch(work: Callable[[int], object], *, n: int = 2) -> list[int]:
-    """The exit codes of n processes that do this, launched as by torchrun; an error is shown and gives code 1."""
+def launch(work: Callable[[int], object], *, n: int = 2, seconds: int = 60) -> list[int]:
+    """The exit codes of n processes that do this, launched as by torchrun; an error is shown and gives code 1.
+
+    After so many seconds they are killed, for they may wait for each other.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -52,9 +56,7 @@ def launch(work: Callable[[int], object], *, n: int = 2) -> list[int]:
             finally:
                 os._exit(code)
         forked.append(process)
-    alarm = threading.Timer(
-        60, lambda: [os.kill(process, signal.SIGKILL) for process in forked]
-    )  # they wait for each other
+    alarm = threading.Timer(seconds, lambda: [os.kill(process, signal.SIGKILL) for process in forked])
     alarm.start()
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in forked]
     alarm.cancel()
@@ -195,3 +197,36 @@ def test_what_goes_wrong_in_the_main_process_ends_all_with_its_error(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"mine")
     assert launch(work) == [0, 0]
+
+
+def test_what_goes_wrong_in_one_process_ends_all() -> None:
+    def work(rank: int) -> None:
+        processes.join(torch.device("cpu"))
+        assert processes.each(lambda: rank) == rank
+
+        def full() -> None:
+            if rank == 1:
+                raise OutputError("no space left")
+
+        with pytest.raises(OutputError, match="no space left"):
+            processes.each(full)
+        processes.each(lambda: 1 // (1 - rank))  # an error that is not ours: the other one hears of it from gloo
+
+    assert launch(work) == [1, 1]
+
+
+def test_processes_that_see_other_folders_have_none(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        processes.join(torch.device("cpu"))
+        with shared(tmp_path / "one"):
+            pass
+        with (
+            pytest.raises(
+                OutputError, match=r"not the same folder for all processes; choose one that all machines share"
+            ),
+            shared(tmp_path / str(rank)),
+        ):
+            raise AssertionError("each has one of its own")
+
+    assert launch(work) == [0, 0]
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ from transformers import (
     ConvNextImageProcessorPil,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 import esd_lora
@@ -192,6 +196,17 @@ def test_clip_scores_are_of_each_picture_with_its_prompt(clip: ClipZeroShot, cli
     assert clip.clip_scores([], []) == []
 
 
+def test_the_features_of_clip_are_the_vectors_that_it_compares(clip: ClipZeroShot) -> None:
+    pictures = noise(BATCH + 2)
+    found = clip.features(pictures)
+    assert found.shape == (BATCH + 2, 24)
+    torch.testing.assert_close(found.square().mean(1), torch.ones(BATCH + 2))  # components of about 1
+    sentences = clip._of_prompts([f"a picture of {label}" for label in KINDS["object"]])
+    scores = 100 * found @ sentences.T / math.sqrt(24)
+    told = [list(d["object"].values()) for d in clip.see(pictures).details]
+    torch.testing.assert_close(scores, torch.tensor(told), atol=1e-3, rtol=0)  # float32, on a scale of 100
+
+
 def test_many_pictures_are_seen_as_each_alone(clip: ClipZeroShot, resnet_folder: Path) -> None:
     pictures = noise(BATCH + 2)
     for evaluator in (clip, ImageNetClassifier(resnet_folder)):
@@ -232,6 +247,18 @@ def test_the_classifier_gives_the_first_name_of_the_most_probable_class(resnet_f
         assert [row["score"] for row in detail["top"]] == pytest.approx(probabilities[i][top].tolist(), abs=1e-5)
         assert seen.labels["object"][i] == CLASSES[top[0]].split(",")[0].lower()
     assert len(set(seen.labels["object"])) > 1  # it is no constant
+    features = network.resnet(x).pooler_output.flatten(1)  # what its last layer reads
+    torch.testing.assert_close(evaluator.features(pictures), features)
+
+
+def test_the_features_of_a_transformer_are_averaged_over_its_positions(tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(**size, image_size=32, patch_size=8)).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    evaluator, pictures = ImageNetClassifier(tmp_path), noise(BATCH + 2)
+    found = evaluator.features(pictures)
+    assert found.shape == (BATCH + 2, 16)
+    torch.testing.assert_close(found[-1:], evaluator.features(pictures[-1:]))
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -224,3 +228,27 @@ def save_tiny(folder: Path, **kind: object) -> Path:
     """The folder with a tiny Stable Diffusion pipeline in it."""
     tiny_pipeline(**kind).save_pretrained(folder)  # type: ignore[arg-type]
     return folder
+
+
+def save_checked(folder: Path) -> Path:
+    """The folder with the same in it, and a random safety checker that holds back some pictures."""
+    pipe = tiny_pipeline()
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**tiny, "image_size": 16, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, text_config=tiny, projection_dim=8))
+    with torch.no_grad():
+        checker.concept_embeds.normal_()
+        checker.concept_embeds_weights.fill_(0.465)  # among the cosines of pictures that the tiny base draws
+        checker.special_care_embeds_weights.fill_(2)  # above any cosine
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
+    pipe.register_modules(safety_checker=checker, feature_extractor=processor)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def checked_by(folder: Path, pictures: Sequence[Image.Image]) -> list[bool]:
+    """Which of the pictures a folder's safety checker lets pass, each looked at by itself."""
+    checker = StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker").eval()
+    processor = CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor")
+    given = (processor([picture], return_tensors="pt").pixel_values for picture in pictures)
+    return [not checker(clip_input=pixels, images=torch.zeros(1, 1))[1][0] for pixels in given]

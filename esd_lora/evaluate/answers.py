@@ -430,8 +430,8 @@ def draw_answers(
     hook or another sampler, is not in the names: it needs a folder of its own. All pictures are in memory in the end; of a
     very large set draw a part at a time.
 
-    Under `accelerate launch` each process calls this, draws its share into a folder that all can read, and gets all
-    pictures; the main process alone calls back.
+    Under `accelerate launch` each process calls this, draws its share of the batches into a folder that all can read, and
+    gets all pictures, the same as one process draws; the main process alone calls back.
 
     Args:
         base: The model.
@@ -456,14 +456,17 @@ def draw_answers(
         names = picture_names(base, asks, patches=patches, weights=weights, **how)
         wanted = dict(zip(names, asks, strict=True))
         missing = processes.agreed(lambda: [name for name in wanted if not (folder / name).is_file()])
-        mine = {name: wanted[name] for name in processes.share(missing)}
-        done = 0
-        for batch in _batches(mine, batch_size):
-            _draw(base, batch, folder, **how)
-            done += len(batch)
-            if on_picture and processes.is_main():
-                on_picture(done, len(mine))
-    processes.summed(len(mine), base.device)  # nobody reads before all have written
+        mine = list(_batches({name: wanted[name] for name in missing}, batch_size))[processes.mine()]
+
+        def draw() -> None:
+            done, of = 0, sum(map(len, mine))
+            for batch in mine:
+                _draw(base, batch, folder, **how)
+                done += len(batch)
+                if on_picture and processes.is_main():
+                    on_picture(done, of)
+
+        processes.each(draw)
     return [_read(folder / name) for name in names]
 
 

@@ -21,21 +21,23 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import Tensor, nn
 
+from esd_lora.bases import index_path, read_json
 from esd_lora.bases.base import Base, Condition, fingerprint_of
 from esd_lora.bases.stable_diffusion import UNetBase
 from esd_lora.emoji.evaluators import OBJECT_CLASSES, STYLE_CLASSES, Judgement, load_evaluator
 from esd_lora.emoji.vocabulary import ACCESSORY, OBJECTS, STYLES
 from esd_lora.errors import BaseModelError, RecipeError, TrainingError
 from esd_lora.esd import esd_loss, esd_target
+from esd_lora.evaluate.evaluators import load_network, load_part
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures
 from esd_lora.recipe import Concept, Layers
@@ -400,21 +402,35 @@ def emoji_filter(concept: str, *, threshold: float = 0.5) -> PostFilter:
     return PostFilter(lambda pictures: probability(evaluator.judge(pictures)), threshold)
 
 
-def safety_checker_filter(pipe: DiffusionPipeline, *, batch_size: int = 32) -> PostFilter:
-    """A filter by the pipeline's `StableDiffusionSafetyChecker`, which says 0 or 1 and has its own list of what is unsafe.
+def safety_checker_filter(
+    pipeline: str, *, revision: str | None = None, device: torch.device | str = "cpu", batch_size: int = 32
+) -> PostFilter:
+    """A filter by a pipeline's `StableDiffusionSafetyChecker`, which says 0 or 1 and has its own list of what is unsafe.
 
     A pipeline that has one applies it by itself; `load_base` leaves it out.
 
     Args:
-        pipe: With `safety_checker` and `feature_extractor`.
+        pipeline: A folder with a diffusers pipeline, or a Hub id; of it the checker and its picture processor are loaded.
+        revision: Branch, tag or commit on the Hub.
+        device: Where it works, in float32.
         batch_size: Pictures that it looks at together.
 
     Raises:
-        BaseModelError: The pipeline has none.
+        BaseModelError: There is no such pipeline, it has no safety checker, or that cannot be loaded.
     """
-    checker, extractor = (getattr(pipe, name, None) for name in ("safety_checker", "feature_extractor"))
-    if checker is None or extractor is None:
-        raise BaseModelError(f"{pipe.name_or_path or type(pipe).__name__}: this pipeline has no safety checker")
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPImageProcessorPil
+
+    parts: Mapping[str, Any] = {}
+    if not Path(pipeline).is_file():  # a single file holds none
+        parts = read_json(pipeline, "model_index.json", index_path(pipeline, pipeline, revision))
+    if not any(parts.get("safety_checker") or ()):  # a pair of nulls where it was taken out
+        raise BaseModelError(f"{pipeline}: has no safety checker")
+    whose = f"{pipeline}: safety checker"
+    checker = load_network(
+        whose, StableDiffusionSafetyChecker, pipeline, subfolder="safety_checker", revision=revision
+    ).to(device)
+    extractor = load_part(whose, CLIPImageProcessorPil, pipeline, subfolder="feature_extractor", revision=revision)
 
     def classifier(pictures: Pictures) -> Tensor:
         seen: list[bool] = []

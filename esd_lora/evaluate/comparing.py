@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from esd_lora import processes
-from esd_lora.bases import Base, load_base
+from esd_lora.bases import Base, load_base, pick_device
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.errors import RecipeError
 from esd_lora.evaluate.answers import (
@@ -35,19 +35,20 @@ from esd_lora.evaluate.answers import (
     read_answers,
     target_of,
 )
-from esd_lora.evaluate.drift import denoise_gap, drift, feature_maps, latents_of, pixel_drift
-from esd_lora.evaluate.evaluators import Evaluator, load_evaluator_by_name
+from esd_lora.evaluate.drift import Features, denoise_gap, drift, feature_maps, kid, latents_of, pixel_drift, pooled
+from esd_lora.evaluate.evaluators import Evaluator, Featured, load_evaluator_by_name
 from esd_lora.evaluate.page import Measure, Method, Place, Row, Rulers, write_page
 from esd_lora.evaluate.rates import cluster_bootstrap
 from esd_lora.evaluate.ways import Setting, Subject, Way, baseline_way, control_ways, gold_way, patch_way
+from esd_lora.folder import shared
 from esd_lora.patch import Patch, write_file
 from esd_lora.pictures import Pictures, save_picture
 from esd_lora.recipe import Concept, Layers
 from esd_lora.report import targets_of
 from esd_lora.training import COST, read_cost, versions
 
-CONTROLS, RULED = 48, 24
-"""Pictures that each control is drawn for, and that each end of the drift's ruler is measured on."""
+CONTROLS, RULED, PAIRED = 48, 24, 2000
+"""Pictures that each control is drawn for, that each end of the drift's ruler is measured on, and that KID is of at most."""
 
 OTHER = 1 << 31
 """The bit that makes another seed of a seed: of the higher ones torch's generator on a CPU takes no notice."""
@@ -86,11 +87,23 @@ class Comparison:
     sampling: Sampling = Sampling()
 
     @cached_property
+    def maps(self) -> Features | None:
+        """Those of emoji's second evaluator there; None for any other base."""
+        return feature_maps(load_evaluator("filter")) if self.base.name == "emoji" else None
+
+    @property
     def moved(self) -> Callable[[Pictures, Pictures], Tensor]:
         """What measures drift: features of emoji's second evaluator there, and the pixels of any other base's pictures."""
-        if self.base.name != "emoji":
-            return pixel_drift
-        return partial(drift, features=feature_maps(load_evaluator("filter")))
+        return partial(drift, features=self.maps) if self.maps else pixel_drift
+
+    @property
+    def space(self) -> tuple[str, Callable[[Pictures], Tensor]] | None:
+        """Name and features that KID is of: emoji's second evaluator's there, else the evaluator's own; None if it has none."""
+        if self.maps:
+            return "features of emoji's second evaluator", partial(pooled, features=self.maps)
+        if isinstance(self.evaluator, Featured):
+            return f"features of {self.evaluator.name}", self.evaluator.features
+        return None
 
 
 OnPicture = Callable[[int, int], None]
@@ -116,6 +129,9 @@ def evaluate_patches(
 ) -> dict[str, Any]:
     """The report on patches beside baselines and controls, written into a folder with its page and all pictures.
 
+    Under `accelerate launch` each process calls this, draws its share, and gets the report that one process would make; the
+    main process alone writes it and calls back.
+
     Args:
         base: A name that `load_base` takes.
         patches: By where they are; all are judged by what the first one erases.
@@ -129,35 +145,40 @@ def evaluate_patches(
         sampling: How pictures are drawn.
         command: Which makes the report again.
         on_step: Called with what is done, how much of it, and the whole.
-        **how: Revision, device and dtype of the base, as `load_base` takes them.
+        **how: Revision, device and dtype of the base, as `load_base` takes them; the evaluator works on the same device.
 
     Raises:
-        RecipeError, BaseModelError, PatchError, OutputError: Something cannot be loaded, judged, drawn or written.
+        RecipeError, BaseModelError, PatchError, OutputError: Something cannot be loaded, judged, drawn or written, or
+            another run is writing to the folder.
     """
     first = next(iter(patches.values()))
     concept = subject_words(first)
     asked = questions(base, first, answers, target_seeds=target_seeds, kept_seeds=kept_seeds)
     target = target_of(asked, source=answers or base)
-    judge = judge_of(evaluator, asked, device=how.get("device"))
+    device = str(pick_device(how.get("device") or processes.own_device()))
+    how["device"] = device
+    judge = judge_of(evaluator, asked, device=device)
     model = load_base(base, **how)
+    processes.join(model.device)
     subject = Subject(
         model,
         concept,
         target,
         folder / "methods",
         load=lambda: load_base(base, **{**how, "dtype": "fp32"}),
-        on_step=on_step,
+        on_step=on_step if processes.is_main() else None,
     )
-    known = load_base(str(gold), device=how.get("device"), dtype=how.get("dtype", "fp32")) if gold else None
-    ways = ways_of(subject, patches, weights=weights, against=against, gold=known)
-    report = compare(
-        Comparison(model, asked, target, judge, folder, sampling),
-        ways,
-        title=f"{concept.erase}, erased from {base}",
-        command=command,
-        on_picture=on_step and partial(on_step, "pictures"),
-    )
-    processes.agreed(lambda: write_page(report, folder / "report.html"))
+    known = load_base(str(gold), device=device, dtype=how.get("dtype", "fp32")) if gold else None
+    with shared(folder):
+        ways = ways_of(subject, patches, weights=weights, against=against, gold=known)
+        report = compare(
+            Comparison(model, asked, target, judge, folder, sampling),
+            ways,
+            title=f"{concept.erase}, erased from {base}",
+            command=command,
+            on_picture=on_step and partial(on_step, "pictures"),
+        )
+        processes.agreed(lambda: write_page(report, folder / "report.html"))
     return report
 
 
@@ -195,9 +216,11 @@ def compare(
     bare = _drawn(comparison, bare_way, 0.0, asks)
     before = dict(zip(asks, bare.pictures, strict=True))
     rows = judged(_rows(comparison, "base", 0.0, asks, bare, before))
+    distances: list[Measure] = []
     for way, strength, some in places:
         found = _drawn(comparison, way, strength, some)
         rows += judged(_rows(comparison, way.method.name, strength, some, found, before))
+        distances += _distances(comparison, way.method.name, strength, some, found, before)
     report = {
         "schema": 1,
         "title": title,
@@ -208,6 +231,7 @@ def compare(
         "shown": [p.model_dump() for p in shown_places(ways)],
         "rows": [row.model_dump(mode="json", exclude_defaults=True) for row in rows],
         "rulers": _rulers(comparison, before).model_dump(),
+        "distances": [m.model_dump() for m in distances],
         "measures": [m.model_dump() for way in ways for m in denoise_gaps(comparison, way, before)],
         "made": made(comparison, command=command),
     }
@@ -420,6 +444,26 @@ def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers
     other = draw_answers(base, [replace(a, seed=a.seed ^ OTHER) for a in asks], folder, **how)
     floor, ceiling = (comparison.moved([before[a] for a in asks], pictures) for pictures in (again, other))
     return Rulers(floor=floor.mean().item(), ceiling=ceiling.mean().item(), n=len(asks))
+
+
+def _distances(
+    comparison: Comparison,
+    method: str,
+    strength: float,
+    asks: Sequence[Ask],
+    drawn: Drawn,
+    before: Mapping[Ask, Image.Image],
+) -> list[Measure]:
+    """KID of the pictures that do not ask for the target beside the base's; none of fewer than three, or without features."""
+    after = dict(zip(asks, drawn.pictures, strict=True))
+    kept = _every([a for a in asks if a.group != "target"], PAIRED)
+    if comparison.space is None or len(kept) < 3:
+        return []
+    name, features = comparison.space
+    value, error = kid(*(features([pictures[a] for a in kept]) for pictures in (before, after)), pairs=True)
+    # what is left of nothing is rounded away, and 0 added because that may be -0
+    low, value, high = (round(value + z * error, 9) + 0.0 for z in (-1.96, 0, 1.96))
+    return [Measure(method=method, strength=strength, about=name, value=value, low=low, high=high, n=len(kept))]
 
 
 def denoise_gaps(comparison: Comparison, way: Way, before: Mapping[Ask, Image.Image]) -> list[Measure]:

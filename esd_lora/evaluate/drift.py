@@ -99,8 +99,7 @@ def _check_pairs(before: Pictures, after: Pictures) -> None:
 def feature_maps(evaluator: Evaluator) -> Features:
     """The features of an evaluator of the embedded base: of each size of its maps, from 32 down to 8, the last one.
 
-    What is left once positions are averaged, `feature_maps(evaluator)(pictures)[-1].mean((2, 3))`, is what its answers are
-    read from, and what to give to `kid`.
+    The last one is what its answers are read from, once positions are averaged; see `pooled`.
     """
     *stages, _ = evaluator.network.children()
 
@@ -140,7 +139,19 @@ def on_rulers(drift: Tensor, floor: Tensor, ceiling: Tensor) -> Tensor:
 # ---- sets of pictures -------------------------------------------------------------------------------------------
 
 
-def kid(features_a: Tensor, features_b: Tensor) -> tuple[float, float]:
+@torch.no_grad()
+def pooled(pictures: Pictures, features: Features) -> Tensor:
+    """The last map of features averaged over its positions, (N, D) float32 on the CPU: what to give to `kid`.
+
+    Args:
+        pictures: N pictures, at least one.
+        features: As for `drift`.
+    """
+    parts = (features(pictures[start : start + BATCH])[-1] for start in range(0, len(pictures), BATCH))
+    return torch.cat([part.float().mean((2, 3)).cpu() for part in parts])
+
+
+def kid(features_a: Tensor, features_b: Tensor, *, pairs: bool = False) -> tuple[float, float]:
     """The kernel distance of two sets of pictures, and its standard error.
 
         MMD² = mean_{i≠j} k(a_i, a_j) + mean_{i≠j} k(b_i, b_j) − 2 mean_{i,j} k(a_i, b_j),        k(x, y) = (xᵀy / D + 1)³
@@ -149,31 +160,47 @@ def kid(features_a: Tensor, features_b: Tensor) -> tuple[float, float]:
     distribution it is 0 in the mean, and as often below as above. The sets must be independent: draw them from different
     seeds, for a set against itself comes out far below 0. Values of different features are not comparable.
 
+    Of pairs, pictures of the same prompts and noise, the last mean is over i ≠ j, too (the statistic of pairs of Gretton et
+    al. 2012, JMLR 13, 723). As the two of a pair never meet, they need not be independent of each other: it is unbiased
+    again, 0 of a set against itself, and the less noisy the more alike the two are.
+
     They average over random subsets of 1,000 and give the spread of these; here all pictures are used at once, in float64,
     and the error is the jackknife's, which in the mean is never too small (Efron and Stein 1981), and about half too large
     where the sets are alike.
 
     Args:
         features_a, features_b: (m, D) and (n, D), one row a picture, m and n at least 3.
+        pairs: Whether row i of both is of one prompt and noise.
 
     Raises:
-        ValueError: Too few rows, or features of different sizes.
+        ValueError: Too few rows, features of different sizes, or a row without its pair.
     """
     if features_a.shape[1:] != features_b.shape[1:] or min(len(features_a), len(features_b)) < 3:
         shapes = f"{tuple(features_a.shape)} and {tuple(features_b.shape)}"
         raise ValueError(f"kid is of two sets of 3 pictures or more, of the same features; got {shapes}")
+    if pairs and len(features_a) != len(features_b):
+        raise ValueError(f"pairs of {len(features_a)} and {len(features_b)} pictures")
     a, b = features_a.cpu().double(), features_b.cpu().double()  # not every device has float64
     aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    means = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (aa, bb)]
-    variance = _jackknife(aa, ab) + _jackknife(bb, ab.T)
-    return (sum(means) - 2 * ab.mean()).item(), variance.sqrt().item()
+    if pairs:
+        h = aa + bb - ab - ab.T
+        value, variance = _mean_apart(h), _jackknife(h, torch.zeros_like(h))
+    else:
+        value = _mean_apart(aa) + _mean_apart(bb) - 2 * ab.mean()
+        variance = _jackknife(aa, ab) + _jackknife(bb, ab.T)
+    return value.item(), variance.sqrt().item()
+
+
+def _mean_apart(kernel: Tensor) -> Tensor:
+    """The mean over i ≠ j of (m, m)."""
+    return (kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1))
 
 
 def _jackknife(own: Tensor, cross: Tensor) -> Tensor:
     """The variance that a set's m pictures give to MMD², by leaving out each in turn; (m, m) and (m, n) kernels.
 
     Without picture i it is, up to a constant, less by 2 / (m − 1) · [Σ_{j≠i} k(a_i, a_j) / (m − 2) − mean_j k(a_i, b_j)], and
-    the jackknife's variance is m − 1 times the variance of that over i.
+    the jackknife's variance is m − 1 times the variance of that over i. Of pairs `own` is the sum of all kernels, `cross` 0.
     """
     m = len(own)
     pulls = (own.sum(1) - own.diagonal()) / (m - 2) - cross.mean(1)

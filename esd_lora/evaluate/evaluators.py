@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -64,6 +65,15 @@ class Evaluator(Protocol):
 
     def see(self, pictures: Pictures) -> Seen:
         """What is in the pictures, of any size and mode; each is judged by itself."""
+        ...
+
+
+@runtime_checkable
+class Featured(Protocol):
+    """An evaluator that also tells the features that its answers are read from."""
+
+    def features(self, pictures: Pictures) -> Tensor:
+        """Of N pictures, (N, D) float32 on the CPU, components of about 1: see `kid`."""
         ...
 
 
@@ -191,12 +201,12 @@ class ClipZeroShot:
             )
         folder, self.digest, self.version = _weights_of(self.name, str(model))
         self.device = torch.device(device)
-        self.network = _network(self.name, CLIPModel, folder).to(self.device)
+        self.network = load_network(f"evaluator {self.name}", CLIPModel, folder).to(self.device)
         if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
             # transformers would make one that knows two tokens
             raise BaseModelError(f"evaluator {self.name}: has no tokenizer: neither tokenizer.json nor vocab.json")
-        self.tokenizer = _part(self.name, CLIPTokenizer, folder)
-        self.processor = _part(self.name, CLIPImageProcessorPil, folder)
+        self.tokenizer = load_part(f"evaluator {self.name}", CLIPTokenizer, folder)
+        self.processor = load_part(f"evaluator {self.name}", CLIPImageProcessorPil, folder)
         self.sentences = {
             kind: self._of_prompts([template.format(label) for label in labels]) for kind, labels in self.kinds.items()
         }
@@ -221,6 +231,11 @@ class ClipZeroShot:
         both = self._of_pictures(pictures) * self._of_prompts(prompts)
         scores: list[float] = (100 * both.sum(1)).tolist()
         return scores
+
+    def features(self, pictures: Pictures) -> Tensor:
+        """√D times the unit vectors that are compared with sentences, (N, D)."""
+        vectors = self._of_pictures(pictures)
+        return vectors * math.sqrt(vectors.shape[1])
 
     @torch.inference_mode()
     def _of_pictures(self, pictures: Pictures) -> Tensor:
@@ -264,8 +279,8 @@ class ImageNetClassifier:
         self.name = f"imagenet:{model}"
         folder, self.digest, self.version = _weights_of(self.name, str(model))
         self.device = torch.device(device)
-        self.network = _network(self.name, AutoModelForImageClassification, folder).to(self.device)
-        self.processor = _part(self.name, AutoImageProcessor, folder, backend="pil")
+        self.network = load_network(f"evaluator {self.name}", AutoModelForImageClassification, folder).to(self.device)
+        self.processor = load_part(f"evaluator {self.name}", AutoImageProcessor, folder, backend="pil")
         names = self.network.config.id2label
         self.classes = [str(names[i]) for i in range(len(names))]
         self.kinds: Mapping[str, tuple[str, ...]] = {"object": tuple(dict.fromkeys(map(_first_name, self.classes)))}
@@ -274,9 +289,8 @@ class ImageNetClassifier:
     def see(self, pictures: Pictures) -> Seen:
         """The most probable classes; details have the five most probable with their probabilities."""
         details: list[dict[str, Any]] = []
-        for some in _parts(pictures):
-            pixels = self.processor([p.convert("RGB") for p in some], return_tensors="pt").pixel_values
-            probabilities = self.network(pixels.to(self.device)).logits.float().softmax(1).cpu()
+        for found in self._found(pictures):
+            probabilities = found.logits.float().softmax(1).cpu()
             best = probabilities.topk(min(5, len(self.classes)))
             for classes, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                 top = [
@@ -285,6 +299,19 @@ class ImageNetClassifier:
                 ]
                 details.append({"top": top})
         return Seen({"object": [_first_name(d["top"][0]["label"]) for d in details]}, details)
+
+    @torch.inference_mode()
+    def features(self, pictures: Pictures) -> Tensor:
+        """The last hidden states, averaged over positions, (N, D)."""
+        last = [found.hidden_states[-1].float() for found in self._found(pictures, output_hidden_states=True)]
+        # (N, D, h, w) of a convolutional network, (N, positions, D) of a transformer
+        return torch.cat([x.mean((2, 3)) if x.ndim == 4 else x.mean(1) for x in last]).cpu()
+
+    def _found(self, pictures: Pictures, **how: bool) -> Iterator[Any]:
+        """What the network makes of the pictures, `BATCH` at a time."""
+        for some in _parts(pictures):
+            pixels = self.processor([p.convert("RGB") for p in some], return_tensors="pt").pixel_values
+            yield self.network(pixels.to(self.device), **how)
 
 
 def _first_name(label: str) -> str:
@@ -325,33 +352,39 @@ _BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorErr
 """What transformers raises for a folder that is not what it should be."""
 
 
-def _network(evaluator: str, kind: Any, folder: Path) -> Any:
+def load_network(whose: str, kind: Any, where: Path | str, **how: Any) -> Any:
     """A network of transformers, frozen, in float32.
+
+    Args:
+        whose: What messages call it.
+        kind: Its class.
+        where: A folder or a Hub id.
+        **how: Subfolder and revision, as `from_pretrained` takes them.
 
     Raises:
         BaseModelError: It cannot be loaded, or lacks weights, which transformers would draw at random.
     """
     try:
         network, report = kind.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            where, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **how
         )
     except _BROKEN as error:
-        raise BaseModelError(f"evaluator {evaluator}: cannot be loaded: {first_line(error)}") from error
+        raise BaseModelError(f"{whose}: cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
-        raise BaseModelError(f"evaluator {evaluator}: its weights lack {missing[0]}, which {kind.__name__} needs")
+        raise BaseModelError(f"{whose}: its weights lack {missing[0]}, which {kind.__name__} needs")
     return network.requires_grad_(False)
 
 
-def _part(evaluator: str, kind: Any, folder: Path, **how: Any) -> Any:
-    """A tokenizer or picture processor of transformers.
+def load_part(whose: str, kind: Any, where: Path | str, **how: Any) -> Any:
+    """A tokenizer or picture processor of transformers; see `load_network`.
 
     Raises:
         BaseModelError: It cannot be loaded.
     """
     try:
-        return kind.from_pretrained(folder, **how)
+        return kind.from_pretrained(where, **how)
     except _BROKEN as error:
-        raise BaseModelError(f"evaluator {evaluator}: cannot load its {kind.__name__}: {first_line(error)}") from error
+        raise BaseModelError(f"{whose}: cannot load its {kind.__name__}: {first_line(error)}") from error
 
 
 def _sha256(*files: Path) -> str:

@@ -132,7 +132,7 @@ class Rulers(_Model):
 
 
 class Measure(Place):
-    """A number that pictures do not tell, with its 95 % interval over n of something."""
+    """A number that rows do not tell, with its 95 % interval over n of something."""
 
     about: Words
     value: FiniteFloat
@@ -210,8 +210,13 @@ class Report(_Model):
     rows: Sequence[Row]
     rulers: Rulers | None = None
     """Needed where rows have a drift."""
+    distances: Sequence[Measure] = ()
+    """KID of places, over pictures that do not ask for the target and the base's of the same prompts and seeds; `about` says
+    in which features."""
     measures: Sequence[Measure] = ()
     attacks: Sequence[Attack] = ()
+    left_out: Mapping[str, str] = Field(default_factory=dict)
+    """Why an attack or a control was not to be had, by its name."""
     limits: Sequence[str] = ()
     """What this evaluation does not show, beyond what holds for all."""
     made: Made
@@ -288,7 +293,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     report = _read_json(folder / "report.json")
     if (folder / ATTACKS).is_file():
-        report["attacks"] = _read_json(folder / ATTACKS).get("attacks", [])
+        evidence = _read_json(folder / ATTACKS)
+        report |= {"attacks": evidence.get("attacks", []), "left_out": evidence.get("left_out", {})}
     return report
 
 
@@ -530,6 +536,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> Path:
         bare=bare,
         subject=columns[1],
         columns=columns,
+        distances={(d.method, d.strength): d for d in document.distances},
         concepts=concepts,
         worst=kept[:3],
         attacks=attacks,

@@ -3,6 +3,7 @@
     Subject ─► Way ─ at(strength) ─► Setting: base, patches, weights ─► pictures ─ passes ─► those that a filter lets through
 
 What a way trains is kept in a folder under its name, the base's fingerprint and the concept, and is not trained again.
+Several processes train it alike, so that none waits, and what the main one has written counts.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from esd_lora import processes
 from esd_lora.bases.base import Base
 from esd_lora.compose import attached
-from esd_lora.errors import RecipeError
+from esd_lora.errors import BaseModelError, RecipeError
 from esd_lora.evaluate.answers import Target
 from esd_lora.evaluate.baselines import (
     PRESETS,
+    PostFilter,
     emoji_filter,
     full_esd,
     leco,
     negative_prompt,
     safe_latent,
+    safety_checker_filter,
     separate_negative,
 )
 from esd_lora.evaluate.controls import null_patch, random_like, scrambling_patch
@@ -158,12 +162,19 @@ def control_ways(base: Base, patch: Patch, *, layers: Layers, seed: int = 0) -> 
 def baseline_way(name: str, subject: Subject) -> Way:
     """A baseline over its strength; what it trains is trained now, if it is not in the subject's folder yet.
 
+    Args:
+        name: One of `BASELINES`, or `filter:PIPELINE`, by the safety checker of a folder's or a Hub id's pipeline.
+        subject: What it is to erase.
+
     Raises:
         BaseModelError: The base is of a family that it is not made for.
-        RecipeError: There is none of this name, or its classifier does not know the target.
+        RecipeError: There is none of this name, there is no filter for this base, or it does not know the target.
     """
+    kind, _, pipeline = name.partition(":")
+    if kind == "filter" and pipeline:
+        return _filter(subject, pipeline)
     if name not in BASELINES:
-        raise RecipeError(f"--against {name}: unknown; there are {', '.join(BASELINES)}")
+        raise RecipeError(f"--against {name}: unknown; there are {', '.join(BASELINES)}, and filter:PIPELINE")
     return BASELINES[name](subject)
 
 
@@ -227,39 +238,60 @@ _separate_negative = partial(
 )
 
 
-def _filter(subject: Subject) -> Way:
-    if subject.base.name != "emoji":
-        raise RecipeError(
-            f"--against filter: emoji alone comes with a classifier to filter by, not {subject.base.name}"
-        )
+def _filter(subject: Subject, pipeline: str = "") -> Way:
+    """The pictures that a classifier lets through: emoji's second evaluator, or a pipeline's safety checker."""
+    base, where = subject.base, pipeline or subject.base.name
+    if graded := where == "emoji":
+        judge, about = emoji_filter(subject.target.label), "a second classifier blacks pictures out"
+    else:
+        judge = _safety_checker(where, base, revision=None if pipeline else base.revision)
+        about = "a safety checker blacks out what is on its own list, whatever was to be erased"
     method = Method(
-        name="post-filter",
+        name=f"post-filter {pipeline}".rstrip(),
         role="baseline",
-        about="a second classifier blacks pictures out: a step of the pipeline",
-        knob="threshold",
+        about=f"{about}: a step of the pipeline",
+        knob="threshold" if graded else "",
         cost=_for_nothing(2),
     )
-    judge = emoji_filter(subject.target.label)
 
     def passes(threshold: float, pictures: Pictures) -> list[bool]:
         return replace(judge, threshold=threshold).passes(pictures)
 
-    return Way(method, (0.1, 0.5, 0.9), lambda _: nullcontext(Setting(subject.base)), default=0.5, passes=passes)
+    thresholds = (0.1, 0.5, 0.9) if graded else (0.5,)
+    return Way(method, thresholds, lambda _: nullcontext(Setting(base)), default=0.5, passes=passes)
+
+
+def _safety_checker(pipeline: str, base: Base, *, revision: str | None) -> PostFilter:
+    """The filter of a pipeline, where the base is.
+
+    Raises:
+        RecipeError: It is not to be had; what to name instead.
+    """
+    try:
+        return safety_checker_filter(pipeline, revision=revision, device=base.device)
+    except BaseModelError as error:
+        remedy = "name a pipeline that has one, as in filter:stable-diffusion-v1-5/stable-diffusion-v1-5"
+        raise RecipeError(f"--against filter: {error}; {remedy}") from error
 
 
 def _full_esd(subject: Subject, *, layers: Literal["esd-x", "esd-u"]) -> Way:
     tuned = _numbers(layers, subject.base)
     place = subject.place(f"{layers} {sorted(tuned.items())}")
     path = place / "change.safetensors"
-    if not path.is_file():
+    if processes.agreed(lambda: not path.is_file()):
         started, frozen = time.perf_counter(), subject.trainer
         step = _told(subject, layers, tuned["steps"])
         found = full_esd(frozen, subject.concept.erase, layers=layers, on_step=step, **tuned)
         before = dict(frozen.denoiser.named_parameters())
         after = dict(found.base.denoiser.named_parameters())
         change = {n: w.detach() - before[n] for n, w in after.items() if not torch.equal(w, before[n])}
-        _note_cost(place, seconds=time.perf_counter() - started, passes=found.passes)
-        write_file(path, save({n: w.contiguous().cpu() for n, w in change.items()}))
+        seconds = time.perf_counter() - started
+
+        def keep() -> None:
+            _note_cost(place, seconds=seconds, passes=found.passes)
+            write_file(path, save({n: w.contiguous().cpu() for n, w in change.items()}))
+
+        processes.agreed(keep)
     change = load_file(path)
     name, what = {"esd-x": ("ESD-x", "cross-attention"), "esd-u": ("ESD-u", "all but cross-attention")}[layers]
     method = Method(
@@ -332,11 +364,16 @@ def _for_nothing(passes_per_step: float) -> Cost:
 def _trained(subject: Subject, method: Method, name: str, make: Callable[[Base], Patch]) -> Way:
     """The way of a patch that is trained now, or was."""
     place = subject.place(name)
-    if not (place / COST).is_file():
+    if processes.agreed(lambda: not (place / COST).is_file()):
         started, base = time.perf_counter(), subject.trainer
-        patch = make(base)
-        patch.save(place)
-        _note_cost(place, seconds=time.perf_counter() - started, passes=patch.info["cost"]["forward_passes"])
+        made = make(base)
+        seconds = time.perf_counter() - started
+
+        def keep() -> None:
+            made.save(place)
+            _note_cost(place, seconds=seconds, passes=made.info["cost"]["forward_passes"])
+
+        processes.agreed(keep)
     patch = load_patch(place)
     told = method.model_copy(update={"cost": _cost(place, size=patch.nbytes)})
     return Way(told, TRAINED, partial(_with_patch, subject.base, patch))
