@@ -160,18 +160,19 @@ def plot(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate], path: Path
     concepts = list(dict.fromkeys(row["concept"] for row in rows))
     if not concepts:
         return
-    figure = Figure(figsize=(5.5 * len(concepts), 4.5), layout="constrained")
+    ways = sorted({row["way"] for row in rows}, key=WAYS.index)
+    figure = Figure(figsize=(4.5 * len(concepts) + 1.5, 4), layout="constrained")
     for axes, concept in zip(figure.subplots(1, len(concepts), squeeze=False)[0], concepts, strict=True):
-        for row in rows:
-            if row["concept"] != concept:
-                continue
+        for row in sorted((r for r in rows if r["concept"] == concept), key=lambda r: WAYS.index(r["way"])):
             x, y = kept[row["way"]], Rate(**row["by inversion"])
             errors = [[[r.value - r.low], [r.high - r.value]] for r in (x, y)]
-            axes.errorbar(x.value, y.value, xerr=errors[0], yerr=errors[1], fmt="o", capsize=2)
-            axes.annotate(row["way"], (x.value, y.value), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            color = "black" if row["way"] == "base" else f"C{ways.index(row['way'])}"
+            shown = {"fmt": "o", "capsize": 2, "color": color, "label": row["way"]}
+            axes.errorbar(x.value, y.value, xerr=errors[0], yerr=errors[1], **shown)
         labels = {"xlabel": "kept objects, eight patches together", "ylabel": f"{concept} found by inversion"}
-        axes.set(xlim=(-0.03, 1.15), ylim=(-0.03, 1.08), **labels)
+        axes.set(xlim=(-0.03, 1.04), ylim=(-0.03, 1.04), **labels)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
