@@ -12,7 +12,7 @@ whose normal equation ΔW (Σ_j H_j + G + λ I) = Σ_i ΔW_i H_i gives
 So every patch keeps its values B_i, and its keys are aimed anew: the fused patch is a stack, exactly, with no rank lost.
 For k and v of cross-attention the inputs are text states, and G is half the moment of the text encoder's vocabulary without
 the concepts' words, half that of everyday prompts to keep. For q, out and self-attention they are features of short
-trajectories, of some of the concepts' prompts and of the prompts to keep.
+trajectories, of some of the concepts' prompts and of the prompts to keep, at the resolution that the patch was trained at.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ def fuse(
     every = [c for named in concepts for c in named]
     rest, keep = other_words(base, every), default_preserve(every)
     whole = stack(patches, weights)
+    sizes = [p.info.get("recipe", {}).get("resolution") for p in patches]
     moments = partial(_moments, base, list(whole.ranks), steps=steps)
     base.remove_adapters()
 
@@ -75,12 +77,12 @@ def fuse(
         if on_trajectories:
             on_trajectories(done, len(patches) + 1)
 
-    total = moments(keep, lambda: kept_moment(base, every, keep))
+    total = moments(keep, lambda: kept_moment(base, every, keep), resolution=sizes[0])
     tell(1)
     answers: dict[str, list[Tensor]] = {name: [] for name in whole.ranks}
-    for done, (patch, named) in enumerate(zip(patches, concepts, strict=True), 2):
+    for done, (patch, named, size) in enumerate(zip(patches, concepts, sizes, strict=True), 2):
         prompts = concept_prompts(named, rest)
-        own = moments(_sample(prompts), partial(mean_moment, base, prompts))
+        own = moments(_sample(prompts), partial(mean_moment, base, prompts), resolution=size)
         # of every layer of the whole: where another patch acts, this one's inputs are to be left alone
         total = {name: moment + own[name] for name, moment in total.items()}
         for name in patch.ranks:
@@ -102,17 +104,25 @@ def _sample(prompts: Sequence[str]) -> list[str]:
 
 
 def _moments(
-    base: Base, layers: Sequence[str], prompts: Sequence[str], text_moment: Callable[[], Tensor], *, steps: int
+    base: Base,
+    layers: Sequence[str],
+    prompts: Sequence[str],
+    text_moment: Callable[[], Tensor],
+    *,
+    steps: int,
+    resolution: int | None,
 ) -> Moments:
     """The second moment of the inputs of each layer: the text's for k and v of cross-attention, or else of features."""
     text = {f"{base.prefix}.{name}" for name in base.text_layers}.intersection(layers)
     seen = [name for name in layers if name not in text]
-    features = _features(base, prompts, seen, steps=steps) if seen else {}
+    features = _features(base, prompts, seen, steps=steps, resolution=resolution) if seen else {}
     return features | (dict.fromkeys(text, text_moment()) if text else {})
 
 
 @torch.no_grad()
-def _features(base: Base, prompts: Sequence[str], layers: Sequence[str], *, steps: int) -> Moments:
+def _features(
+    base: Base, prompts: Sequence[str], layers: Sequence[str], *, steps: int, resolution: int | None = None
+) -> Moments:
     """The mean second moment of the layers' inputs along one trajectory of each prompt."""
     sums: Moments = {}
     counts = dict.fromkeys(layers, 0)
@@ -126,11 +136,12 @@ def _features(base: Base, prompts: Sequence[str], layers: Sequence[str], *, step
         sums[layer] = sums.get(layer, 0) + moment
         counts[layer] += x.shape[:-1].numel()
 
-    null = base.encode([""], guidance_scale=GUIDANCE_SCALE)
+    how: dict[str, Any] = {"guidance_scale": GUIDANCE_SCALE, "resolution": resolution}
+    null = base.encode([""], **how)
     for first in range(0, len(prompts), BATCH):
-        conditions = base.encode(prompts[first : first + BATCH], guidance_scale=GUIDANCE_SCALE)
-        sampler = base.sampler(steps, seed=first)
-        x_t = sampler.start(base.noise(range(first, first + len(conditions))).float())
+        conditions = base.encode(prompts[first : first + BATCH], **how)
+        sampler = base.sampler(steps, resolution=resolution, seed=first)
+        x_t = sampler.start(base.noise(range(first, first + len(conditions)), resolution=resolution).float())
         for t in sampler.timesteps:
             x = sampler.network_input(x_t, t).to(base.dtype)
             ts = t.expand(len(x))

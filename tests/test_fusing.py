@@ -146,6 +146,20 @@ def test_a_patch_is_never_asked_for_beside_the_words_of_another(
     assert set(some[1]) < set(second)
 
 
+def test_features_are_gathered_at_the_size_that_a_patch_was_trained_at(
+    base: Base, pair: list[Patch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int | None] = []
+    honest = base.noise
+    monkeypatch.setattr(base, "noise", lambda *a, **k: sizes.append(k["resolution"]) or honest(*a, **k))
+    recipes = [{**p.info["recipe"], "resolution": size} for p, size in zip(pair, (16, 32), strict=True)]
+    fuse(base, [replace(p, info={**p.info, "recipe": r}) for p, r in zip(pair, recipes, strict=True)], steps=1)
+    assert list(dict.fromkeys(sizes)) == [16, 32]  # what is to be kept at the first patch's
+    sizes.clear()
+    fuse(base, pair, steps=1)
+    assert set(sizes) == {None}  # the base's own
+
+
 def test_where_no_patch_looks_at_the_text_it_is_not_looked_at(
     base: Base, recipe_of: RecipeOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
