@@ -64,7 +64,6 @@ def by_inversion(concept: str, patch: Patch | None, evaluator: Evaluator) -> Rat
     base = load_base("emoji")
     shown = generate(base, in_styles(concept, SHOWN), [FIRST_SEED + 400_000 + i for i in range(SHOWN)])
     attach(base, [patch] if patch else [])
-    base.denoiser.requires_grad_(False)
     drawing = Drawing(in_styles(BLANK, DRAWN), [FIRST_SEED + 500_000 + i for i in range(DRAWN)])
     attack = inversion(base, Examples(in_styles(BLANK, SHOWN), shown), drawing, tokens=4, training=Training(250))
     return rate([seen == concept for seen in evaluator.judge(attack.pictures).objects])

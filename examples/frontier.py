@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from esd_lora.evaluate.attacks import BLANK, Drawing, Examples, inversion
 from esd_lora.evaluate.baselines import negative_prompt, safe_latent
 from esd_lora.evaluate.rates import Rate, rate
 from esd_lora.evaluate.scores import FIRST_SEED
-from esd_lora.patch import Patch, write_file
+from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate
 
 SHOWN, PROMPTS, SEEDS = 48, 4, 16
@@ -86,7 +85,6 @@ def found(concept: str, patches: Sequence[Patch], guard: Guard, evaluator: Evalu
     """How often the concept is seen, asked for by name and by inversion, with patches active or a guard in the pipeline."""
     base = load_base("emoji")
     attach(base, patches)
-    base.denoiser.requires_grad_(False)
     drawing = Guarded(
         [p for p in asking(concept, BLANK, PROMPTS, first=1) for _ in range(SEEDS)],
         [FIRST_SEED + 500_000 + i for i in range(SEEDS)] * PROMPTS,
@@ -108,7 +106,7 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", choices=stacking.POOL, default=["cat", "neon"], metavar="NAME")
     args = parser.parse_args()
     evaluator, path = load_evaluator("measure"), args.out / "frontier.json"
-    eight = random.Random(0).sample(stacking.POOL, k=len(stacking.POOL))[:8]
+    eight = stacking.first_of(0, 8)
     if missing := [c for c in args.concepts if c not in eight]:
         parser.error(f"--concepts: {missing[0]} is not among the eight patches, {', '.join(eight)}")
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
@@ -125,7 +123,7 @@ def main() -> None:
             patches = [together(made)] if (made := get()) else []
         rates = found(concept, patches, guard, evaluator)
         rows.append({"way": way, "k": k, "concept": concept, **{how: vars(r) for how, r in rates.items()}})
-        write_file(path, ("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n").encode())
+        stacking.write_rows(path, rows)
     answers = args.out / "stacking.json"
     kept = kept_of(json.loads(answers.read_text())) if answers.exists() else {}
     table(rows, kept)
@@ -148,11 +146,11 @@ def table(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate]) -> None:
     print(f"| put together | kept at k = 8 | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
     known = {(row["way"], row["k"], row["concept"]): row for row in rows}
     for way in sorted({row["way"] for row in rows}, key=WAYS.index):
-        shown = [kept[way].interval() if way in kept else ""]
+        cells = [kept[way].interval() if way in kept else ""]
         for concept, k in itertools.product(concepts, ks):
             row = known.get((way, k, concept))
-            shown += [Rate(**row[how]).interval() if row else "" for how in HOW]
-        print(f"| {way} | {' | '.join(shown)} |")
+            cells += [Rate(**row[how]).interval() if row else "" for how in HOW]
+        print(f"| {way} | {' | '.join(cells)} |")
 
 
 def plot(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate], path: Path) -> None:
@@ -167,8 +165,8 @@ def plot(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate], path: Path
             x, y = kept[row["way"]], Rate(**row["by inversion"])
             errors = [[[r.value - r.low], [r.high - r.value]] for r in (x, y)]
             color = "black" if row["way"] == "base" else f"C{ways.index(row['way'])}"
-            shown = {"fmt": "o", "capsize": 2, "color": color, "label": row["way"]}
-            axes.errorbar(x.value, y.value, xerr=errors[0], yerr=errors[1], **shown)
+            marked = {"fmt": "o", "capsize": 2, "color": color, "label": row["way"]}
+            axes.errorbar(x.value, y.value, xerr=errors[0], yerr=errors[1], **marked)
         labels = {"xlabel": "kept objects, eight patches together", "ylabel": f"{concept} found by inversion"}
         axes.set(xlim=(-0.03, 1.04), ylim=(-0.03, 1.04), **labels)
         axes.spines[["top", "right"]].set_visible(False)

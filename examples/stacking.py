@@ -79,6 +79,16 @@ def named_as(concept: str) -> dict[str, Any]:
     return {"erase": concept + end, "synonyms": [f + end for f in forms]}
 
 
+def first_of(run: int, k: int) -> list[str]:
+    """The first k concepts in the order of a run."""
+    return random.Random(run).sample(POOL, k=len(POOL))[:k]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSON, one a line."""
+    write_file(path, ("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n").encode())
+
+
 def patch_of(base: Base, concepts: Sequence[str], kind: str, seed: int, folder: Path) -> Patch:
     """The trained patch of a kind, from disk where it is there; of several concepts it has as many steps as one of each."""
     fields = {"base": "emoji", "concepts": [named_as(c) for c in concepts], "seed": seed, **KINDS[kind]}
@@ -246,7 +256,7 @@ def main() -> None:
     path, count = args.out / "stacking.json", -(-args.pictures // args.runs)
     found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     for way, k, run, weight in track(list(itertools.product(args.ways, args.k, range(args.runs), args.weights))):
-        order = random.Random(run).sample(POOL, k=len(POOL))[:k]
+        order = first_of(run, k)
         rows = list(cells_of(order, count=count, salt=1000 * k + run))
         asked = repr((quick.fingerprint, evaluator.digest, way, KINDS.get(way), order, run, weight, rows))
         digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
@@ -261,7 +271,7 @@ def main() -> None:
         answers = same["answers"] if same else judge(quick, evaluator, order, rows, active)
         row = {"way": way, "weight": weight, **drawn, "digest": digest, "erased": order, "answers": answers}
         found.append(row)
-        write_file(path, ("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n").encode())
+        write_rows(path, found)
     table(found)
     plot([row for row in found if row["weight"] == 1], args.out / "stacking.png")
 

@@ -215,12 +215,12 @@ def compare(
     bare_way = Way(BARE, (0.0,), lambda _: nullcontext(Setting(comparison.base)))
     bare = _drawn(comparison, bare_way, 0.0, asks)
     before = dict(zip(asks, bare.pictures, strict=True))
-    rows = judged(_rows(comparison, "base", 0.0, asks, bare, before))
+    rows = judged(_rows(comparison, bare, before))
     distances: list[Measure] = []
-    for way, strength, some in places:
-        found = _drawn(comparison, way, strength, some)
-        rows += judged(_rows(comparison, way.method.name, strength, some, found, before))
-        distances += _distances(comparison, way.method.name, strength, some, found, before)
+    for place in places:
+        found = _drawn(comparison, *place)
+        rows += judged(_rows(comparison, found, before))
+        distances += _distances(comparison, found, before)
     report = {
         "schema": 1,
         "title": title,
@@ -367,8 +367,11 @@ def _asks_of(way: Way, asks: Sequence[Ask]) -> Sequence[Ask]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures, and their paths in the folder of the report."""
+    """The pictures of a method at one strength, and their paths in the folder of the report."""
 
+    method: str
+    strength: float
+    asks: Sequence[Ask]
     pictures: Pictures
     paths: Sequence[str]
 
@@ -389,7 +392,7 @@ def _drawn(comparison: Comparison, way: Way, strength: float, asks: Sequence[Ask
             for p, path, ok in zip(pictures, paths, passed, strict=True)
         ]
         pictures, paths = [p for p, _ in shown], [path for _, path in shown]
-    return Drawn(pictures, paths)
+    return Drawn(way.method.name, strength, asks, pictures, paths)
 
 
 def _black(folder: Path, like: Image.Image) -> tuple[Image.Image, str]:
@@ -400,25 +403,18 @@ def _black(folder: Path, like: Image.Image) -> tuple[Image.Image, str]:
     return black, path
 
 
-def _rows(
-    comparison: Comparison,
-    method: str,
-    strength: float,
-    asks: Sequence[Ask],
-    drawn: Drawn,
-    before: Mapping[Ask, Image.Image],
-) -> list[Row]:
+def _rows(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.Image]) -> list[Row]:
     """What the evaluator sees in pictures, and how far each is from the base's of the same noise."""
     labels = comparison.evaluator.see(drawn.pictures).labels
-    moved = comparison.moved([before[a] for a in asks], drawn.pictures).tolist()
+    moved = comparison.moved([before[a] for a in drawn.asks], drawn.pictures).tolist()
     rows = []
-    for i, ask in enumerate(asks):
+    for i, ask in enumerate(drawn.asks):
         seen = {kind: found[i] for kind, found in labels.items()}
         wanted = {kind: label for kind, label in ask.wanted.items() if kind in seen}
         rows.append(
             Row(
-                method=method,
-                strength=strength,
+                method=drawn.method,
+                strength=drawn.strength,
                 prompt=ask.prompt,
                 seed=ask.seed,
                 group=ask.group,
@@ -446,24 +442,18 @@ def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers
     return Rulers(floor=floor.mean().item(), ceiling=ceiling.mean().item(), n=len(asks))
 
 
-def _distances(
-    comparison: Comparison,
-    method: str,
-    strength: float,
-    asks: Sequence[Ask],
-    drawn: Drawn,
-    before: Mapping[Ask, Image.Image],
-) -> list[Measure]:
+def _distances(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.Image]) -> list[Measure]:
     """KID of the pictures that do not ask for the target beside the base's; none of fewer than three, or without features."""
-    after = dict(zip(asks, drawn.pictures, strict=True))
-    kept = _every([a for a in asks if a.group != "target"], PAIRED)
+    after = dict(zip(drawn.asks, drawn.pictures, strict=True))
+    kept = _every([a for a in drawn.asks if a.group != "target"], PAIRED)
     if comparison.space is None or len(kept) < 3:
         return []
     name, features = comparison.space
     value, error = kid(*(features([pictures[a] for a in kept]) for pictures in (before, after)), pairs=True)
     # what is left of nothing is rounded away, and 0 added because that may be -0
     low, value, high = (round(value + z * error, 9) + 0.0 for z in (-1.96, 0, 1.96))
-    return [Measure(method=method, strength=strength, about=name, value=value, low=low, high=high, n=len(kept))]
+    interval = {"value": value, "low": low, "high": high}
+    return [Measure(method=drawn.method, strength=drawn.strength, about=name, n=len(kept), **interval)]
 
 
 def denoise_gaps(comparison: Comparison, way: Way, before: Mapping[Ask, Image.Image]) -> list[Measure]:

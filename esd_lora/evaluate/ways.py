@@ -278,20 +278,16 @@ def _full_esd(subject: Subject, *, layers: Literal["esd-x", "esd-u"]) -> Way:
     tuned = _numbers(layers, subject.base)
     place = subject.place(f"{layers} {sorted(tuned.items())}")
     path = place / "change.safetensors"
-    if processes.agreed(lambda: not path.is_file()):
-        started, frozen = time.perf_counter(), subject.trainer
-        step = _told(subject, layers, tuned["steps"])
+
+    def make() -> Made:
+        frozen, step = subject.trainer, _told(subject, layers, tuned["steps"])
         found = full_esd(frozen, subject.concept.erase, layers=layers, on_step=step, **tuned)
         before = dict(frozen.denoiser.named_parameters())
         after = dict(found.base.denoiser.named_parameters())
         change = {n: w.detach() - before[n] for n, w in after.items() if not torch.equal(w, before[n])}
-        seconds = time.perf_counter() - started
+        return found.passes, lambda: write_file(path, save({n: w.contiguous().cpu() for n, w in change.items()}))
 
-        def keep() -> None:
-            _note_cost(place, seconds=seconds, passes=found.passes)
-            write_file(path, save({n: w.contiguous().cpu() for n, w in change.items()}))
-
-        processes.agreed(keep)
+    _make_once(place, make)
     change = load_file(path)
     name, what = {"esd-x": ("ESD-x", "cross-attention"), "esd-u": ("ESD-u", "all but cross-attention")}[layers]
     method = Method(
@@ -364,16 +360,12 @@ def _for_nothing(passes_per_step: float) -> Cost:
 def _trained(subject: Subject, method: Method, name: str, make: Callable[[Base], Patch]) -> Way:
     """The way of a patch that is trained now, or was."""
     place = subject.place(name)
-    if processes.agreed(lambda: not (place / COST).is_file()):
-        started, base = time.perf_counter(), subject.trainer
-        made = make(base)
-        seconds = time.perf_counter() - started
 
-        def keep() -> None:
-            made.save(place)
-            _note_cost(place, seconds=seconds, passes=made.info["cost"]["forward_passes"])
+    def trained() -> Made:
+        made = make(subject.trainer)
+        return made.info["cost"]["forward_passes"], lambda: made.save(place)
 
-        processes.agreed(keep)
+    _make_once(place, trained)
     patch = load_patch(place)
     told = method.model_copy(update={"cost": _cost(place, size=patch.nbytes)})
     return Way(told, TRAINED, partial(_with_patch, subject.base, patch))
@@ -393,8 +385,23 @@ def _told(subject: Subject, name: str, total: int) -> Callable[[int, int, Base],
     return step
 
 
-def _note_cost(place: Path, *, seconds: float, passes: int) -> None:
-    write_file(place / COST, yaml.safe_dump({"seconds": {"total": round(seconds, 3)}, "passes": passes}).encode())
+Made = tuple[int, Callable[[], object]]
+"""The passes that something took, and what writes it."""
+
+
+def _make_once(place: Path, make: Callable[[], Made]) -> None:
+    """What is made is in the place afterwards, beside its cost, which is written last and tells that nothing is missing."""
+    if processes.agreed(lambda: (place / COST).is_file()):
+        return
+    started = time.perf_counter()
+    passes, write = make()
+    seconds = round(time.perf_counter() - started, 3)
+
+    def keep() -> None:
+        write()
+        write_file(place / COST, yaml.safe_dump({"seconds": {"total": seconds}, "passes": passes}).encode())
+
+    processes.agreed(keep)
 
 
 def _cost(place: Path, *, size: int) -> Cost:
