@@ -28,7 +28,7 @@ import torch
 from memory import SD15, random_base
 from safetensors.torch import save
 
-from esd_lora.bases import Base, load_base
+from esd_lora.bases import Base, load_base, quick_dtype
 from esd_lora.emoji.evaluators import Evaluator, Judgement, load_evaluator
 from esd_lora.emoji.vocabulary import OBJECTS
 from esd_lora.evaluate.baselines import LECO_ALPHA, full_esd, leco
@@ -133,7 +133,7 @@ class Judge:
 
     def __init__(self, concept: str, path: Path) -> None:
         self.concept, self.path = concept, path
-        self.quick = load_base("emoji", dtype="bf16")
+        self.quick = load_base("emoji", dtype=quick_dtype())
         self.evaluator: Evaluator = load_evaluator("measure")
         self.cells: list[Cell] = answer_set(concept, target_seeds=TARGET_SEEDS, kept_seeds=KEPT_SEEDS)
         self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []

@@ -309,7 +309,10 @@ def evaluate(
     resolution: Annotated[int | None, typer.Option(min=8, help="Of a report's pictures. Default: the base's.")] = None,
     revision: Revision = None,
     device: DeviceName = None,
-    dtype: DTypeName = "bf16",
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="Precision of the base. Default: bf16, or fp32 where the device does not compute in bf16."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -320,10 +323,13 @@ def evaluate(
     """
     loaded = {p: _find(p) for p in patch}
     how: dict[str, Any] = {"target_seeds": target_seeds, "kept_seeds": kept_seeds}
+    _quiet_libraries()
+    from esd_lora.bases import quick_dtype
+
+    dtype = dtype or quick_dtype(device)
     if out:
         how |= {"revision": revision, "device": device, "dtype": dtype, "weights": weight or [1.0]}
         how |= {"answers": answers, "evaluator": evaluator, "against": against or [], "gold": gold}
-        _quiet_libraries()
         from esd_lora import processes
         from esd_lora.evaluate.comparing import Sampling, evaluate_patches
         from esd_lora.evaluate.page import make_report, points_of, rate_table

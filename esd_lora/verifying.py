@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from esd_lora.bases import Base, load_base
+from esd_lora.bases import Base, load_base, quick_dtype
 from esd_lora.card import rates_of, results_of, scores_of, target_of
 from esd_lora.compose import check_fits
 from esd_lora.emoji.evaluators import load_evaluator
@@ -95,7 +95,7 @@ def verify(
     if patch.info.get("base", {}).get("name") != "emoji":
         unmeasured = Check("scores", None, "no evaluator for this base is here yet; not measured")
         return Verification([*checks, _check_layers(patch), unmeasured], [])
-    base = load_base("emoji", device=device, dtype="bf16")
+    base = load_base("emoji", device=device, dtype=quick_dtype(device))
     checks.append(_check_base(patch, base))
     claimed = scores_of(patch)
     if not claimed or not checks[-1].ok:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from esd_lora.bases import Base, load_base
+from esd_lora.bases import Base, load_base, quick_dtype
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES
 from esd_lora.evaluate.answers import Target, emoji_answers
 from esd_lora.evaluate.comparing import Comparison, Sampling, compare
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", choices=tuple(BASELINES), default=tuple(BASELINES), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    bench = Bench(load_base("emoji", dtype="bf16"), load_base("emoji"), EmojiEvaluator(), args.out, args.seeds)
+    bench = Bench(load_base("emoji", dtype=quick_dtype()), load_base("emoji"), EmojiEvaluator(), args.out, args.seeds)
     path = args.out / "benchmark.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"against": {}, "rows": []}
     for name in args.targets:

@@ -27,7 +27,7 @@ from peft.utils.merge_utils import dare_linear, ties
 from rich.progress import track
 from torch import Tensor
 
-from esd_lora.bases import Base, load_base
+from esd_lora.bases import Base, load_base, quick_dtype
 from esd_lora.closed_form import edit_moments, patch_tensors
 from esd_lora.compose import stack
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--weights", type=float, nargs="+", default=[1.0])
     parser.add_argument("--pictures", type=int, default=400, help="of erased and as many of kept ones, over all runs")
     args = parser.parse_args()
-    base, quick, evaluator = load_base("emoji"), load_base("emoji", dtype="bf16"), load_evaluator("measure")
+    base, quick, evaluator = load_base("emoji"), load_base("emoji", dtype=quick_dtype()), load_evaluator("measure")
     path, count = args.out / "stacking.json", -(-args.pictures // args.runs)
     found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     for way, k, run, weight in track(list(itertools.product(args.ways, args.k, range(args.runs), args.weights))):

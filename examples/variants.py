@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from esd_lora.bases import load_base
+from esd_lora.bases import load_base, quick_dtype
 from esd_lora.emoji.evaluators import Judgement, load_evaluator
 from esd_lora.evaluate.rates import Rate
 from esd_lora.evaluate.scores import Cell, answer_set, draw, score
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     args = parser.parse_args()
     base, evaluator = load_base("emoji"), load_evaluator("measure")
-    quick = load_base("emoji", dtype="bf16")  # the pictures; training is in the recipe's own precision
+    quick = load_base("emoji", dtype=quick_dtype())  # the pictures; training is in the recipe's own precision
     cells = answer_set(args.concept)
     bare = None
 

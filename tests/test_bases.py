@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from huggingface_hub import errors as hub_errors
 from tiny import save_tiny, tiny_pipeline
 from torch import Tensor
 
-from esd_lora.bases import Base, load_base, local_file, pick_device
+from esd_lora.bases import Base, load_base, local_file, pick_device, quick_dtype
 from esd_lora.bases.base import Condition, fingerprint_of
 from esd_lora.bases.facts import facts_of
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
@@ -383,3 +384,20 @@ def test_devices_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch, t
 def test_v_prediction_is_kept(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "v", prediction_type="v_prediction")
     assert load_base(str(folder), device="cpu").scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_the_quick_precision_only_where_it_is_computed(
+    native: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    expected = "bf16" if native else "fp32"
+    assert (quick_dtype("cpu"), quick_dtype("cuda"), quick_dtype()) == (expected, expected, expected)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load_base(str(tiny_folder), device="cpu", dtype="bf16")
+    slow = f"{tiny_folder}: this CPU does not compute in bf16, which takes many times as long as fp32"
+    assert [str(w.message) for w in told if "bf16" in str(w.message)] == ([] if native else [slow])

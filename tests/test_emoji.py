@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from esd_lora.bases import EMOJI, Base, load_base
+from esd_lora.bases import EMOJI, Base, load_base, quick_dtype
 from esd_lora.cli import RECIPES
 from esd_lora.compose import attach
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
@@ -36,7 +36,7 @@ def _all_cores() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def quick() -> Base:
     """The embedded base in the precision that it draws fastest in on a CPU."""
-    return load_base("emoji", dtype="bf16")
+    return load_base("emoji", dtype=quick_dtype())
 
 
 @pytest.fixture(scope="module")

@@ -689,6 +689,14 @@ def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path
     page = (tmp_path / "report.html").read_text()
     assert "found beside it" in page
     assert "<li><b>inversion</b>: no room beside it</li>" in page
+    values["methods"][1]["digest"] = "a" * 64
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    for digest, fits in (("a" * 64, True), ("b" * 64, False)):
+        patches = [{"digest": digest, "weight": 1, "erases": "cat"}]
+        (tmp_path / "attacks.json").write_text(json.dumps({**evidence, "patches": patches}))
+        assert call("report", tmp_path).code == 0
+        page = (tmp_path / "report.html").read_text()
+        assert ("found beside it" in page, "are on another patch" in page) == (fits, not fits)
     for text, message in [
         ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("[]", "not a report, which is a JSON object"),

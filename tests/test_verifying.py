@@ -14,7 +14,7 @@ from fakehub import FakeHub
 from test_hub import hub  # noqa: F401 (a fixture)
 
 from esd_lora import verifying
-from esd_lora.bases import Base, load_base
+from esd_lora.bases import Base, load_base, quick_dtype
 from esd_lora.card import make_card, scores_of
 from esd_lora.evaluate.rates import rate
 from esd_lora.evaluate.scores import AttributeScores, Scores, draw, score
@@ -26,7 +26,7 @@ from esd_lora.verifying import Claim, verify
 
 @pytest.fixture(scope="module")
 def emoji() -> Base:
-    return load_base("emoji", device="cpu", dtype="bf16")
+    return load_base("emoji", device="cpu", dtype=quick_dtype("cpu"))
 
 
 def few(patch: Patch, **_: int) -> list[Job]:

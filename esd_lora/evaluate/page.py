@@ -81,6 +81,8 @@ class Method(_Model):
     """Names of strengths, such as those of presets; the others are shown as numbers."""
     cost: Cost | None = None
     """None where there is nothing to tell."""
+    digest: str = ""
+    """SHA-256 of the patch; empty for what is none."""
 
 
 class Place(_Model):
@@ -286,16 +288,19 @@ def make_report(values: Mapping[str, Any]) -> Report:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The values of the report in a folder, not yet validated, with the attacks that stand beside it.
+    """The values of the report in a folder, with the attacks that stand beside it if they are on the patch that it is about.
 
     Raises:
-        UserError: A file cannot be read, or is no JSON object.
+        UserError: A file cannot be read, is no JSON object, or the report is wrong.
     """
     report = _read_json(folder / "report.json")
-    if (folder / ATTACKS).is_file():
-        evidence = _read_json(folder / ATTACKS)
-        report |= {"attacks": evidence.get("attacks", []), "left_out": evidence.get("left_out", {})}
-    return report
+    if not (folder / ATTACKS).is_file():
+        return report
+    evidence, document = _read_json(folder / ATTACKS), make_report(report)
+    about = next(m.digest for m in document.methods if m.name == document.shown[0].method)
+    if "patches" in evidence and about not in json.dumps(evidence["patches"]):
+        return report | {"left_out": {"attacks": f"those in {ATTACKS} are on another patch"}}
+    return report | {"attacks": evidence.get("attacks", []), "left_out": evidence.get("left_out", {})}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def patch_way(
     known = seconds is not None and passes is not None
     cost = Cost(seconds=seconds or 0, passes=passes or 0, bytes=patch.nbytes, passes_per_step=2) if known else None
     told = f"{len(patch.ranks)} layers of rank {max(patch.ranks.values())}; merged into the weights it is no switch"
-    method = Method(name=name, role="patch", about=told, cost=cost)
+    method = Method(name=name, role="patch", about=told, cost=cost, digest=patch.digest)
     default = min(strengths, key=lambda weight: abs(weight - 1))
     return Way(method, strengths, partial(_with_patch, base, patch), default)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from esd_lora.bases import EMOJI, load_base
+from esd_lora.bases import EMOJI, load_base, quick_dtype
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.emoji.vocabulary import ACCESSORY, OBJECTS, STYLES, WEARERS
 from esd_lora.evaluate.scores import GATE, draw, gate, whole_grid
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     told = {} if args.check else training_of(parser, args.run)
-    base = load_base("emoji" if args.check else str(args.run / "pipeline"), dtype="bf16")
+    base = load_base("emoji" if args.check else str(args.run / "pipeline"), dtype=quick_dtype())
     rates = gate(base, load_evaluator("measure"), seeds=args.seeds)
     for name, found in rates.items():
         print(f"{name}: {found.short()}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from esd_lora.bases import load_base
+from esd_lora.bases import load_base, quick_dtype
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.evaluate.scores import answer_set, draw, gate, score
 from esd_lora.report import score_table
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="what train_unet.py --without left")
     args = parser.parse_args()
     told = json.loads((args.run / "training.json").read_text())
-    base, gold = load_base("emoji", dtype="bf16"), load_base(str(args.run / "pipeline"), dtype="bf16")
+    base, gold = load_base("emoji", dtype=quick_dtype()), load_base(str(args.run / "pipeline"), dtype=quick_dtype())
     evaluator = load_evaluator("measure")
     scores = []
     for name in told["without"]:

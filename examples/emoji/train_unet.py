@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from train_vae import to_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from esd_lora.bases import load_base
+from esd_lora.bases import load_base, quick_dtype
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
 from esd_lora.evaluate.scores import gate
@@ -268,7 +268,9 @@ def main() -> None:
     pipe.text_encoder.float()  # transformers keeps the dtype of the file, diffusers does not
     pipe.save_pretrained(out / "pipeline")
     (out / "training.json").write_text(json.dumps(told) + "\n")
-    for name, found in gate(load_base(str(out / "pipeline"), dtype="bf16"), load_evaluator("measure"), seeds=1).items():
+    for name, found in gate(
+        load_base(str(out / "pipeline"), dtype=quick_dtype()), load_evaluator("measure"), seeds=1
+    ).items():
         print(f"{name}: {found.short()}")
 
 
