@@ -4,9 +4,9 @@
 
 Each target gets a report of its own in a folder of its name; what was trained or drawn is kept, so that the script goes on
 where it stopped, for some hours on two cores, and goes back to a target where more methods are asked for. The counts of all
-reports are in `benchmark.json`, with hashes of what they were measured with; of these the table is made, and what is said of
-the facts F1, F3 and F8, which were written down before anything was measured. Rates are means over targets, their intervals
-over targets and, within each, training seeds. Pictures take half the usual steps, by which the base draws as well.
+reports are in `benchmark.json`, with hashes of what they were measured with; of these the table is made, and `facts.py` says
+what follows. Rates are means over targets, their intervals over targets and, within each, training seeds. Pictures take half
+the usual steps, by which the base draws as well.
 """
 
 from __future__ import annotations
@@ -129,45 +129,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-# ---- facts ---------------------------------------------------------------------------------------------------------
-
-
-def share(rows: Sequence[Mapping[str, Any]], rate: str, **where: object) -> float:
-    """Hits over pictures of all rows that are so."""
-    some = [r["counts"][rate] for r in rows if all(r[k] == v for k, v in where.items()) and rate in r["counts"]]
-    return sum(c[0] for c in some) / sum(c[2] for c in some)
-
-
-def facts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown: what is known of Stable Diffusion, and whether it holds here."""
-    esd = {"method": "ESD-x, fine-tuned", "strength": 1.0}
-    style, thing = ({r: share(rows, r, kind=kind, **esd) for r in ("UA", "IRA", "CRA")} for kind in ("style", "object"))
-    slds = [
-        (share(rows, "UA", method="SLD", strength=k), share(rows, "kept", method="SLD", strength=k))
-        for k in (1, 2, 3, 4)
-    ]
-    near, far = (share(rows, group, kind="object", **esd) for group in ("near", "far"))
-    told = [
-        (
-            "F1: fine-tuned ESD-x erases a style with IRA < CRA, and an object at the cost of both IRA and CRA",
-            style["IRA"] < style["CRA"] and thing["IRA"] < style["IRA"] and thing["CRA"] < style["CRA"],
-            f"styles UA {style['UA']:.3f}, IRA {style['IRA']:.3f}, CRA {style['CRA']:.3f}; "
-            f"objects {thing['UA']:.3f}, {thing['IRA']:.3f}, {thing['CRA']:.3f}",
-        ),
-        (
-            "F3: SLD erases more from weak to max, and keeps less",
-            slds == sorted(slds, key=lambda s: s[0]) and slds == sorted(slds, key=lambda s: -s[1]),
-            ", ".join(f"UA {ua:.3f} kept {kept:.3f}" for ua, kept in slds),
-        ),
-        (
-            "F8: near neighbours are hurt more than others",
-            near < far,
-            f"IRA of neighbours {near:.3f}, of others {far:.3f}",
-        ),
-    ]
-    return [f"| {fact} | {'holds' if holds else 'does not hold'} | {figures} |" for fact, holds, figures in told]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
@@ -194,11 +155,6 @@ def main() -> None:
         print(f"{name}: done", flush=True)
     rows = known["rows"]
     print("\n".join(table(rows)))
-    if {("ESD-x, fine-tuned", k) for k in ("object", "style")} | {("SLD", "object")} <= {
-        (r["method"], r["kind"]) for r in rows
-    }:
-        print("\n| known of large models | here | figures |\n|---|---|---|")
-        print("\n".join(facts(rows)))
 
 
 if __name__ == "__main__":

@@ -226,18 +226,54 @@ def test_the_benchmark_counts_what_a_report_shows(script: Callable[[str], Any]) 
     assert sum(line.startswith("| objects | patch") for line in benchmark.table(rows)) == 4
 
 
-def test_the_benchmark_says_what_holds(script: Callable[[str], Any]) -> None:
-    def row(method: str, kind: str, strength: float, **counts: int) -> dict[str, Any]:
-        shares = {k: [v, 100, 100] for k, v in counts.items()}
+def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[str], Any], tmp_path: Path) -> None:
+    def counts(method: str, kind: str, strength: float, **found: int) -> dict[str, Any]:
+        shares = {k: [v, 100, 100] for k, v in found.items()}
         return {"method": method, "kind": kind, "strength": strength, "counts": shares}
 
+    def inverted(way: str, found: int, k: int = 1) -> dict[str, Any]:
+        shares = (rate([i < n for i in range(64)]) for n in (1, found))
+        return {"way": way, "k": k, "concept": "cat"} | dict(
+            zip(script("frontier").HOW, map(vars, shares), strict=True)
+        )
+
+    def left(k: int, erased: int, kept: int) -> dict[str, Any]:
+        answers = {"erased": {"cat": (erased, 100)}, "objects": {"dog": (kept, 100)}, "styles": {"neon": (100, 100)}}
+        return {"way": "sequential", "weight": 1, "k": k, "answers": answers}
+
+    def trial(name: str, back: int) -> dict[str, Any]:
+        return {"name": name, "rows": [{"seen": "cat" if i < back else "dog"} for i in range(50)]}
+
+    def write(name: str, values: Any) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(values))
+
+    def told() -> list[str]:
+        return [line.split(" | ")[1] for line in list(script("facts").lines_of(script("facts").Measured(tmp_path)))[2:]]
+
+    assert told() == ["not measured"] * 8
     rows = [
-        row("ESD-x, fine-tuned", "style", 1.0, UA=98, IRA=80, CRA=93),
-        row("ESD-x, fine-tuned", "object", 1.0, UA=92, IRA=55, CRA=44, near=30, far=60),
-        *(row("SLD", "object", k, UA=10 * k, kept=90 - 10 * k) for k in (1, 2, 3, 4)),
+        counts("ESD-x, fine-tuned", "style", 1.0, UA=98, IRA=80, CRA=93),
+        counts("ESD-x, fine-tuned", "object", 1.0, UA=92, IRA=55, CRA=44, near=30, far=60),
+        *(counts("SLD", "object", k, UA=10 * k, kept=90 - 10 * k) for k in (1, 2, 3, 4)),
     ]
-    assert [line.split(" | ")[1] for line in script("benchmark").facts(rows)] == ["holds"] * 3
+    completions = [{**trial("completion, 2 of 20 steps", 25), "controls": [trial("gold base", 3)]}]
+    again = [{**trial("benign relearning", 20), "controls": [trial("seed search", 1)]}]
+    evidence = {"target": {"label": "cat"}, "attacks": [*completions, *again]}
+    write("benchmark.json", {"rows": rows})
+    write(
+        "frontier.json",
+        [inverted("keyed", 50), inverted("SLD max", 50), inverted("base", 1), inverted("keyed", 1, k=8)],
+    )
+    write("stacking.json", [left(1, 50, 50), left(2, 1, 99), left(16, 30, 40)])
+    write("attacks/cat.json", evidence)
+    assert told() == ["holds"] * 8
     rows[1]["counts"]["near"] = [70, 100, 100]
     rows[2]["counts"]["UA"] = [99, 100, 100]
-    found = [line.split(" | ")[1] for line in script("benchmark").facts(rows)]
-    assert found == ["holds", "does not hold", "does not hold"]
+    again[0]["controls"] = [trial("seed search", 20)]
+    write("benchmark.json", {"rows": rows})
+    write("frontier.json", [inverted("keyed", 50), inverted("SLD max", 2)])
+    write("stacking.json", [left(2, 1, 99), left(16, 30, 99)])
+    write("attacks/cat.json", evidence)
+    no = "does not hold"
+    assert told() == ["holds", "holds", no, no, "holds", no, no, no]

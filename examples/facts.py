@@ -1,0 +1,198 @@
+"""Does what is known of large models hold on the embedded base? Eight facts, written down before anything was measured.
+
+    python examples/facts.py [--docs docs]
+
+Reads what other scripts measured: `benchmark.json` of benchmark.py, `frontier.json` of frontier.py, `stacking.json` of
+stacking.py, and `attacks/*.json`, the evidence of `esd-lora attack`. More or fewer means that 95 % intervals lie apart; where
+averages over methods or targets are compared, that they differ. What was not measured is said to be so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import frontier
+import stacking
+
+from esd_lora.evaluate.rates import Rate, rate
+
+
+class Measured:
+    """What is in the folder; what is not there is empty."""
+
+    def __init__(self, docs: Path) -> None:
+        self.docs = docs
+
+    def _read(self, name: str) -> Any:
+        path = self.docs / name
+        return json.loads(path.read_text()) if path.exists() else []
+
+    @cached_property
+    def benchmark(self) -> Sequence[Mapping[str, Any]]:
+        """Counts of every method at every strength for each target."""
+        found = self._read("benchmark.json")
+        return found["rows"] if found else []
+
+    @cached_property
+    def frontier(self) -> Sequence[Mapping[str, Any]]:
+        """How often a concept is found by name and by inversion, one patch or guard at a time."""
+        return [row for row in self._read("frontier.json") if row["k"] == 1 and row["way"] != "base"]
+
+    @cached_property
+    def stacking(self) -> Sequence[Mapping[str, Any]]:
+        """Answers of patches put together."""
+        return self._read("stacking.json")
+
+    def attacks(self, name: str) -> Iterator[tuple[str, Rate, Mapping[str, Rate]]]:
+        """Of each attack of that name: target and setting, how often the target was back, and in each of its controls."""
+        for path in sorted((self.docs / "attacks").glob("*.json")):
+            evidence = json.loads(path.read_text())
+            label = evidence["target"]["label"]
+
+            def back(trial: Mapping[str, Any], label: str = label) -> Rate:
+                return rate([row["seen"] == label for row in trial["rows"]])
+
+            for attack in evidence["attacks"]:
+                if attack["name"].startswith(name):
+                    yield f"{label}, {attack['name']}", back(attack), {c["name"]: back(c) for c in attack["controls"]}
+
+
+Told = tuple[bool, str]
+"""Whether a fact holds, and the figures."""
+
+
+def share(rows: Sequence[Mapping[str, Any]], rate: str, **where: object) -> float:
+    """Hits over pictures of all rows that are so.
+
+    Raises:
+        LookupError: There are none.
+    """
+    some = [r["counts"][rate] for r in rows if all(r[k] == v for k, v in where.items()) and rate in r["counts"]]
+    if not some:
+        raise LookupError(rate)
+    return sum(c[0] for c in some) / sum(c[2] for c in some)
+
+
+def more(a: Rate, b: Rate) -> bool:
+    """Whether the first is above the second, intervals apart."""
+    return a.low > b.high
+
+
+ESD = {"method": "ESD-x, fine-tuned", "strength": 1.0}
+
+
+def styles_and_objects(found: Measured) -> Told:
+    """F1 (Zhang et al. 2024, UnlearnCanvas: 98.6, 81.0, 94.0 of styles, 92.2, 55.8, 44.2 of objects)."""
+    style, thing = (
+        {r: share(found.benchmark, r, kind=kind, **ESD) for r in ("UA", "IRA", "CRA")} for kind in ("style", "object")
+    )
+    holds = style["IRA"] < style["CRA"] and thing["IRA"] < style["IRA"] and thing["CRA"] < style["CRA"]
+    said = [", ".join(f"{name} {100 * v:.1f}" for name, v in rates.items()) for rates in (style, thing)]
+    return holds, f"styles {said[0]}; objects {said[1]}"
+
+
+def by_inversion(found: Measured, *, guards: bool) -> Told:
+    """Whether inversion finds each concept more often than its name, over patches or over guards; the figures."""
+    rows = [row for row in found.frontier if (row["way"] in frontier.GUARDS) == guards]
+    if not rows:
+        raise LookupError("frontier")
+    rates = [[Rate(**row[how]) for how in frontier.HOW] for row in rows]
+    said = [
+        f"{row['way']}, {row['concept']} {100 * name.value:.0f} → {100 * inverted.value:.0f}"
+        for row, (name, inverted) in zip(rows, rates, strict=True)
+    ]
+    return all(more(inverted, name) for name, inverted in rates), "; ".join(said)
+
+
+def presets(found: Measured) -> Told:
+    """F3 (Schramowski et al. 2023)."""
+    rates = [
+        (
+            share(found.benchmark, "UA", method="SLD", strength=k),
+            share(found.benchmark, "kept", method="SLD", strength=k),
+        )
+        for k in (1, 2, 3, 4)
+    ]
+    holds = rates == sorted(rates, key=lambda r: r[0]) and rates == sorted(rates, key=lambda r: -r[1])
+    return holds, ", ".join(f"UA {100 * ua:.1f} kept {100 * kept:.1f}" for ua, kept in rates)
+
+
+def completed(found: Measured) -> Told:
+    """F5 (a hypothesis of ours, from the avoidance and destruction of Lu et al. 2025, arXiv:2505.17013)."""
+    pairs = [(name, back, c["gold base"]) for name, back, c in found.attacks("completion") if "gold base" in c]
+    if not pairs:
+        raise LookupError("completion")
+    said = [f"{name} {100 * back.value:.0f}, gold {100 * gold.value:.0f}" for name, back, gold in pairs]
+    return any(more(back, gold) for _, back, gold in pairs), "; ".join(said)
+
+
+def one_after_another(found: Measured) -> Told:
+    """F6: of patches trained one after another, few and many."""
+    rows = stacking.by_way([r for r in found.stacking if r["way"] == "sequential"])["sequential"]
+    few, many = rows[min(k for k in rows if k > 1)], rows[max(rows)]
+    (left, kept), (left_many, kept_many) = (
+        [stacking.rate_of(stacking.seen(some, group)) for group in ("erased", "objects")] for some in (few, many)
+    )
+    said = [
+        f"{r[0]['k']} patches: left {a.interval()}, kept {b.interval()}"
+        for r, a, b in ((few, left, kept), (many, left_many, kept_many))
+    ]
+    return more(left_many, left) and more(kept, kept_many), "; ".join(said)
+
+
+def resurged(found: Measured) -> Told:
+    """F7 (Suriyakumar et al. 2024, arXiv:2410.08074)."""
+    some = [(name, back, controls["seed search"]) for name, back, controls in found.attacks("benign relearning")]
+    if not some:
+        raise LookupError("relearning")
+    said = [f"{name.split(',')[0]} {100 * before.value:.0f} → {100 * back.value:.0f}" for name, back, before in some]
+    return all(more(back, before) for _, back, before in some), "; ".join(said)
+
+
+def neighbours(found: Measured) -> Told:
+    """F8 (Amara et al. 2025, EraseBench)."""
+    near, far = (share(found.benchmark, group, kind="object", **ESD) for group in ("near", "far"))
+    return near < far, f"neighbours {100 * near:.1f}, others {100 * far:.1f}"
+
+
+FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
+    ("F1: fine-tuned ESD-x erases a style with IRA < CRA, and an object at the cost of both", styles_and_objects),
+    (
+        "F2: inversion finds what a patch erased more often than its name",
+        lambda found: by_inversion(found, guards=False),
+    ),
+    ("F3: SLD erases more from weak to max, and keeps less", presets),
+    ("F4: so it does behind SLD and negative prompts", lambda found: by_inversion(found, guards=True)),
+    ("F5: a started picture is completed with the concept, more than by a base that never saw it", completed),
+    ("F6: of patches trained one after another more come back, and less is kept, the more they are", one_after_another),
+    ("F7: training on anything else brings some of a concept back", resurged),
+    ("F8: near neighbours are hurt more than others", neighbours),
+)
+
+
+def lines_of(found: Measured) -> Iterator[str]:
+    """A table of the facts in Markdown."""
+    yield "| known of large models | here | figures, per cent |"
+    yield "|---|---|---|"
+    for fact, ask in FACTS:
+        try:
+            holds, figures = ask(found)
+        except LookupError:
+            yield f"| {fact} | not measured | |"
+        else:
+            yield f"| {fact} | {'holds' if holds else 'does not hold'} | {figures} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the answers are")
+    print("\n".join(lines_of(Measured(parser.parse_args().docs))))
+
+
+if __name__ == "__main__":
+    main()
