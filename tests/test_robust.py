@@ -35,6 +35,9 @@ from esd_lora.trajectories import Bank, questions_of, record
 KITTY = {"erase": "cat", "synonyms": ["kitty", "feline"]}
 
 
+STEPS = adversary.STEPS
+
+
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of three steps."""
@@ -73,12 +76,12 @@ def test_rounds_are_evenly_spaced_over_the_steps(rounds: int, steps: int, before
 def test_the_adversary_brings_the_edited_model_nearer_to_the_frozen_one(
     recipe_of: RecipeOf, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """On the whole bank, beside the words that it starts from; and it is the prompt's own words that it comes nearer to."""
+    """On the whole bank, beside the words that it starts from: by 12 % or more, from each of four seeds, in all its steps."""
+    monkeypatch.setattr(adversary, "STEPS", STEPS)
     base = base_of(TINY[kind]())
     bank, conditions = recorded(base, recipe_of(concepts=["cat", "zebra"], preserve=[]))
     base.add_adapter(layers="esd-x", rank=2)
     wake(base)
-    monkeypatch.setattr(adversary, "STEPS", 20)
     start = at_random(vocabulary_of(base), adversary.WORDS, beside=(), seed=7)
     with start.active(base):
         begun = encode_with_gradients(base, [start.words], conditions[:1])
