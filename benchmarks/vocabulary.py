@@ -18,7 +18,7 @@ import tokenizers
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from esd_lora.bases import DTYPES
+from esd_lora.bases import DTYPES, quick_dtype
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.bases.stable_diffusion_xl import StableDiffusionXLBase
 from esd_lora.closed_form import edit
@@ -89,7 +89,7 @@ def bases(dtype: torch.dtype) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=256, help="to time")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=DTYPES, default=quick_dtype())
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, {args.dtype}, {LENGTH} tokens a prompt\n")
     print(
