@@ -45,7 +45,8 @@ BaseName = Annotated[str | None, typer.Option("--base", help=BASE)]
 OnBase = Annotated[str, typer.Option("--base", help=BASE)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")]
 DeviceName = Annotated[str | None, typer.Option(help="Default: the first of cuda, mps, cpu that is there.")]
-DTypeName = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the base.")]
+Precision = Literal["fp32", "bf16", "fp16"]
+DTypeName = Annotated[Precision, typer.Option(help="Precision of the base.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no hints.")]
 Patches = Annotated[
@@ -310,7 +311,7 @@ def evaluate(
     revision: Revision = None,
     device: DeviceName = None,
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None,
+        Precision | None,
         typer.Option(help="Precision of the base. Default: bf16, or fp32 where the device does not compute in bf16."),
     ] = None,
     as_json: Json = False,

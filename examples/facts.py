@@ -53,13 +53,15 @@ class Measured:
         for path in sorted((self.docs / "attacks").glob("*.json")):
             evidence = json.loads(path.read_text())
             label = evidence["target"]["label"]
-
-            def back(trial: Mapping[str, Any], label: str = label) -> Rate:
-                return rate([row["seen"] == label for row in trial["rows"]])
-
             for attack in evidence["attacks"]:
                 if attack["name"].startswith(name):
-                    yield f"{label}, {attack['name']}", back(attack), {c["name"]: back(c) for c in attack["controls"]}
+                    controls = {c["name"]: seen_in(c, label) for c in attack["controls"]}
+                    yield f"{label}, {attack['name']}", seen_in(attack, label), controls
+
+
+def seen_in(trial: Mapping[str, Any], label: str) -> Rate:
+    """How often a label was seen in the pictures of an attack or a control."""
+    return rate([row["seen"] == label for row in trial["rows"]])
 
 
 Told = tuple[bool, str]
@@ -134,7 +136,10 @@ def completed(found: Measured) -> Told:
 def one_after_another(found: Measured) -> Told:
     """F6: of patches trained one after another, few and many."""
     rows = stacking.by_way([r for r in found.stacking if r["way"] == "sequential"])["sequential"]
-    few, many = rows[min(k for k in rows if k > 1)], rows[max(rows)]
+    several = sorted(k for k in rows if k > 1)
+    if len(several) < 2:
+        raise LookupError("sequential")
+    few, many = rows[several[0]], rows[several[-1]]
     (left, kept), (left_many, kept_many) = (
         [stacking.rate_of(stacking.seen(some, group)) for group in ("erased", "objects")] for some in (few, many)
     )
@@ -191,7 +196,10 @@ def lines_of(found: Measured) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the answers are")
-    print("\n".join(lines_of(Measured(parser.parse_args().docs))))
+    docs = parser.parse_args().docs
+    if not docs.is_dir():
+        parser.error(f"--docs: there is no folder {docs}")
+    print("\n".join(lines_of(Measured(docs))))
 
 
 if __name__ == "__main__":

@@ -252,6 +252,8 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
         return [line.split(" | ")[1] for line in list(script("facts").lines_of(script("facts").Measured(tmp_path)))[2:]]
 
     assert told() == ["not measured"] * 8
+    write("stacking.json", [left(1, 50, 50), left(2, 1, 99)])  # nothing to compare two patches with
+    assert told() == ["not measured"] * 8
     rows = [
         counts("ESD-x, fine-tuned", "style", 1.0, UA=98, IRA=80, CRA=93),
         counts("ESD-x, fine-tuned", "object", 1.0, UA=92, IRA=55, CRA=44, near=30, far=60),

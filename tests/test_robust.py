@@ -76,7 +76,10 @@ def test_rounds_are_evenly_spaced_over_the_steps(rounds: int, steps: int, before
 def test_the_adversary_brings_the_edited_model_nearer_to_the_frozen_one(
     recipe_of: RecipeOf, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """On the whole bank, beside the words that it starts from: by 12 % or more, from each of four seeds, in all its steps."""
+    """On the whole bank, beside the words that it starts from; and it is the prompt's own words that it comes nearer to.
+
+    In all its steps, by 12 % or more from each of four seeds; in 20 of the 30, rounding can decide.
+    """
     monkeypatch.setattr(adversary, "STEPS", STEPS)
     base = base_of(TINY[kind]())
     bank, conditions = recorded(base, recipe_of(concepts=["cat", "zebra"], preserve=[]))

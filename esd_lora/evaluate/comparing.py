@@ -37,7 +37,7 @@ from esd_lora.evaluate.answers import (
 )
 from esd_lora.evaluate.drift import Features, denoise_gap, drift, feature_maps, kid, latents_of, pixel_drift, pooled
 from esd_lora.evaluate.evaluators import Evaluator, Featured, load_evaluator_by_name
-from esd_lora.evaluate.page import Measure, Method, Place, Row, Rulers, read_report, write_page
+from esd_lora.evaluate.page import Measure, Method, Place, Row, Rulers, write_page
 from esd_lora.evaluate.rates import cluster_bootstrap
 from esd_lora.evaluate.ways import Setting, Subject, Way, baseline_way, control_ways, gold_way, patch_way
 from esd_lora.folder import shared
@@ -178,7 +178,7 @@ def evaluate_patches(
             command=command,
             on_picture=on_step and partial(on_step, "pictures"),
         )
-        processes.agreed(lambda: write_page(read_report(folder), folder / "report.html"))
+        processes.agreed(lambda: write_page(report, folder / "report.html"))
     return report
 
 

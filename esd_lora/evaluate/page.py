@@ -288,19 +288,28 @@ def make_report(values: Mapping[str, Any]) -> Report:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The values of the report in a folder, with the attacks that stand beside it if they are on the patch that it is about.
+    """The values of the report in a folder, not yet validated.
 
     Raises:
-        UserError: A file cannot be read, is no JSON object, or the report is wrong.
+        UserError: The file cannot be read, or is no JSON object.
     """
-    report = _read_json(folder / "report.json")
+    return _read_json(folder / "report.json")
+
+
+def with_attacks(report: Mapping[str, Any], folder: Path) -> Report:
+    """The validated document, with the attacks that stand in its folder if they are on the patch that it is about.
+
+    Raises:
+        UserError: The document is wrong, or the attacks cannot be read.
+    """
+    document = make_report(report)
     if not (folder / ATTACKS).is_file():
-        return report
-    evidence, document = _read_json(folder / ATTACKS), make_report(report)
+        return document
+    evidence = _read_json(folder / ATTACKS)
     about = next(m.digest for m in document.methods if m.name == document.shown[0].method)
-    if "patches" in evidence and about not in json.dumps(evidence["patches"]):
-        return report | {"left_out": {"attacks": f"those in {ATTACKS} are on another patch"}}
-    return report | {"attacks": evidence.get("attacks", []), "left_out": evidence.get("left_out", {})}
+    if about and "patches" in evidence and about not in json.dumps(evidence["patches"]):
+        return make_report({**report, "left_out": {"attacks": f"those in {ATTACKS} are on another patch"}})
+    return make_report({**report, "attacks": evidence.get("attacks", []), "left_out": evidence.get("left_out", {})})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -515,7 +524,7 @@ def entropy(counts: Mapping[str, int]) -> float:
 
 
 def write_page(report: Mapping[str, Any], path: Path) -> Path:
-    """The page, written as one self-contained HTML file; the pictures that it shows are read from its folder.
+    """The page, written as one self-contained HTML file; pictures and attacks that it shows are read from its folder.
 
     Args:
         report: A `Report` as plain JSON values.
@@ -525,7 +534,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> Path:
         UserError: The document is wrong, or a picture that it names cannot be read.
         OutputError: The place cannot be written to.
     """
-    document = make_report(report)
+    document = with_attacks(report, path.parent)
     points = points_of(document)
     places = {(p.method.name, p.strength): p for p in points}
     bare = next(p for p in points if p.method.role == "base")
