@@ -3,15 +3,16 @@
     python examples/facts.py [--docs docs]
 
 Reads what other scripts measured: `benchmark.json` of benchmark.py, `frontier.json` of frontier.py, `stacking.json` of
-stacking.py, and `attacks/*.json`, the evidence of `esd-lora attack`. More or fewer means that 95 % intervals lie apart; where
-averages over methods or targets are compared, that they differ. What was not measured is said to be so.
+stacking.py, and `attacks/*.json`, the evidence of `esd-lora attack`. More or fewer means that 95 % intervals lie apart, and
+where they overlap a fact is not shown; where averages over methods or targets are compared, it means that they differ. What
+was not measured is said to be so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,13 @@ def seen_in(trial: Mapping[str, Any], label: str) -> Rate:
     return rate([row["seen"] == label for row in trial["rows"]])
 
 
-Told = tuple[bool, str]
-"""Whether a fact holds, and the figures."""
+Verdict = bool | None
+"""Whether a fact holds; None where intervals overlap."""
+
+Told = tuple[Verdict, str]
+"""The verdict on a fact, and the figures."""
+
+SAID: Mapping[Verdict, str] = {True: "holds", False: "does not hold", None: "not shown: intervals overlap"}
 
 
 def share(rows: Sequence[Mapping[str, Any]], rate: str, **where: object) -> float:
@@ -80,9 +86,15 @@ def share(rows: Sequence[Mapping[str, Any]], rate: str, **where: object) -> floa
     return sum(c[0] for c in some) / sum(c[2] for c in some)
 
 
-def more(a: Rate, b: Rate) -> bool:
-    """Whether the first is above the second, intervals apart."""
-    return a.low > b.high
+def more(a: Rate, b: Rate) -> Verdict:
+    """Whether the first is above the second, or below it, intervals apart."""
+    return True if a.low > b.high else False if a.high < b.low else None
+
+
+def every(verdicts: Iterable[Verdict]) -> Verdict:
+    """Whether all hold."""
+    found = set(verdicts)
+    return False if False in found else None if None in found else True
 
 
 ESD = {"method": "ESD-x, fine-tuned", "strength": 1.0}
@@ -108,7 +120,7 @@ def by_inversion(found: Measured, *, guards: bool) -> Told:
         f"{row['way']}, {row['concept']} {100 * name.value:.0f} → {100 * inverted.value:.0f}"
         for row, (name, inverted) in zip(rows, rates, strict=True)
     ]
-    return all(more(inverted, name) for name, inverted in rates), "; ".join(said)
+    return every(more(inverted, name) for name, inverted in rates), "; ".join(said)
 
 
 def presets(found: Measured) -> Told:
@@ -130,7 +142,8 @@ def completed(found: Measured) -> Told:
     if not pairs:
         raise LookupError("completion")
     said = [f"{name} {100 * back.value:.0f}, gold {100 * gold.value:.0f}" for name, back, gold in pairs]
-    return any(more(back, gold) for _, back, gold in pairs), "; ".join(said)
+    verdicts = {more(back, gold) for _, back, gold in pairs}
+    return next(v for v in (True, None, False) if v in verdicts), "; ".join(said)
 
 
 def one_after_another(found: Measured) -> Told:
@@ -147,7 +160,7 @@ def one_after_another(found: Measured) -> Told:
         f"{r[0]['k']} patches: left {a.interval()}, kept {b.interval()}"
         for r, a, b in ((few, left, kept), (many, left_many, kept_many))
     ]
-    return more(left_many, left) and more(kept, kept_many), "; ".join(said)
+    return every([more(left_many, left), more(kept, kept_many)]), "; ".join(said)
 
 
 def resurged(found: Measured) -> Told:
@@ -156,7 +169,7 @@ def resurged(found: Measured) -> Told:
     if not some:
         raise LookupError("relearning")
     said = [f"{name.split(',')[0]} {100 * before.value:.0f} → {100 * back.value:.0f}" for name, back, before in some]
-    return all(more(back, before) for _, back, before in some), "; ".join(said)
+    return every(more(back, before) for _, back, before in some), "; ".join(said)
 
 
 def neighbours(found: Measured) -> Told:
@@ -186,11 +199,11 @@ def lines_of(found: Measured) -> Iterator[str]:
     yield "|---|---|---|"
     for fact, ask in FACTS:
         try:
-            holds, figures = ask(found)
+            verdict, figures = ask(found)
         except LookupError:
             yield f"| {fact} | not measured | |"
         else:
-            yield f"| {fact} | {'holds' if holds else 'does not hold'} | {figures} |"
+            yield f"| {fact} | {SAID[verdict]} | {figures} |"
 
 
 def main() -> None:

@@ -277,5 +277,10 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     write("frontier.json", [inverted("keyed", 50), inverted("SLD max", 2)])
     write("stacking.json", [left(2, 1, 99), left(16, 30, 99)])
     write("attacks/cat.json", evidence)
-    no = "does not hold"
-    assert told() == ["holds", "holds", no, no, "holds", no, no, no]
+    no, unclear = "does not hold", "not shown: intervals overlap"
+    assert told() == ["holds", "holds", no, unclear, "holds", unclear, unclear, no]
+    write("stacking.json", [left(2, 30, 99), left(16, 1, 40)])
+    again[0]["controls"] = [trial("seed search", 45)]
+    completions[0]["controls"] = [trial("gold base", 50)]
+    write("attacks/cat.json", evidence)
+    assert told() == ["holds", "holds", no, unclear, no, no, no, no]
