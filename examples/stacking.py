@@ -17,9 +17,11 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from matplotlib.figure import Figure
@@ -27,15 +29,16 @@ from peft.utils.merge_utils import dare_linear, ties
 from rich.progress import track
 from torch import Tensor
 
+from esd_lora import closed_form, keys
 from esd_lora.bases import Base, load_base, quick_dtype
-from esd_lora.closed_form import edit_moments, patch_tensors
+from esd_lora.closed_form import edit, edit_moments, patch_tensors
 from esd_lora.compose import stack
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES
 from esd_lora.evaluate.rates import Rate, rate
 from esd_lora.evaluate.scores import FIRST_SEED, Cell, draw
 from esd_lora.fusing import fuse
-from esd_lora.keys import mean_moment, named_words, prompts_of, words_of
+from esd_lora.keys import generalised_keys, mean_moment, named_words, prompts_of, words_of
 from esd_lora.merging import merged_denoiser
 from esd_lora.patch import Patch, write_file
 from esd_lora.recipe import Concept, Recipe
@@ -52,11 +55,15 @@ POOL = (
 
 KINDS: Mapping[str, dict[str, Any]] = {
     "keyed": {"keys": "closed-form"},
+    "keyed, rank 1": {"keys": "closed-form", "rank": 1},
     "keyed, rank 4": {"keys": "closed-form", "rank": 4},
     "keyed, rank 8": {"keys": "closed-form", "rank": 8},
     "keyed, eta 0": {"keys": "closed-form", "eta": 0.0},
+    "keyed, eta 1": {"keys": "closed-form", "eta": 1.0},
     "keyed, eta 4": {"keys": "closed-form", "eta": 4.0},
+    "keyed, kept weight 20": {"keys": "closed-form", "preserve_weight": 20.0},
     "keyed, trained": {"keys": "closed-form", "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0},
+    "keyed, trained and preserved": {"keys": "closed-form", "objective": "paper", "lr": 2e-2},
     "uce": {"objective": "closed-form", "eta": 0.0},
     "learned": {"preserve_weight": 0.0},
     "preserved": {},
@@ -67,6 +74,14 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "keyed, q and out learned": {"keys": "closed-form", "layers": "esd-x"},
 }
 """What a recipe has besides its concept."""
+
+MADE_WITH: Mapping[str, dict[str, Any]] = {
+    "keyed, ridge 1e-5": {"ridge": 1e-5},
+    "keyed, ridge 0.1": {"ridge": 0.1},
+    "keyed, words alone": {"ONE": ("{}",), "TWO": ()},
+    "keyed, 6 positions": {"LENGTH": 6},
+}
+"""Keyed patches that are made with another ridge, or other constants of `esd_lora.keys`."""
 
 LEFT_OUT = tuple(OBJECTS)[::2]
 """Objects that the kind "words left out" does not know of."""
@@ -109,6 +124,20 @@ def without_words(base: Base, concepts: Sequence[str]) -> list[Patch]:
         hit, move = edit_moments(base, recipe)
         made.append(Patch(patch_tensors(base, recipe, hit, move, kept)))
     return made
+
+
+def made_with(base: Base, concepts: Sequence[str], *, ridge: float = keys.RIDGE, **constants: Any) -> list[Patch]:
+    """Keyed patches, with these constants in the place of the package's."""
+    recipes = [
+        Recipe(base="emoji", concepts=(Concept.model_validate(named_as(c)),), keys="closed-form") for c in concepts
+    ]
+    with ExitStack() as changed:
+        for function in (generalised_keys, edit):
+            changed.enter_context(mock.patch.dict(function.__kwdefaults__, ridge=ridge))
+        for module, name in itertools.product((keys, closed_form), constants):
+            if hasattr(module, name):
+                changed.enter_context(mock.patch.object(module, name, constants[name]))
+        return [train(recipe, base) for recipe in recipes]
 
 
 def sparse(merge: Callable[..., Tensor], patches: Sequence[Patch]) -> Patch:
@@ -160,6 +189,7 @@ def ways_of(base: Base, order: Sequence[str], seed: int, folder: Path) -> Mappin
     return {
         "base": (list, stack),
         **{kind: (single(kind), stack) for kind in KINDS},
+        **{way: (partial(made_with, base, order, **changed), stack) for way, changed in MADE_WITH.items()},
         "words left out": (lambda: without_words(base, order), stack),
         "fused": (single("learned"), partial(fuse, base)),
         **{f"fused {kind}": (single(kind), partial(fuse, base)) for kind in FUSED},
@@ -193,7 +223,7 @@ CURVES = (
 OTHERS = (
     "words left out",
     "keyed and fused",
-    *(k for k in KINDS if k not in CURVES),
+    *(k for k in (*KINDS, *MADE_WITH) if k not in CURVES),
     *(f"fused {k}" for k in FUSED[1:]),
 )
 WAYS = (*CURVES, *OTHERS)

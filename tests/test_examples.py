@@ -105,6 +105,17 @@ def test_sequential_patches_are_kept_by_what_was_erased_before(
     assert same(weights_of(base), before)
 
 
+def test_keys_are_made_with_other_constants_and_then_with_the_packages_own_again(
+    script: Callable[[str], Any], base: Base, tmp_path: Path
+) -> None:
+    stacking = script("stacking")
+    own = stacking.patch_of(base, ["cat"], "keyed", 0, tmp_path / "cat")
+    for changed in stacking.MADE_WITH.values():
+        (other,) = stacking.made_with(base, ["cat"], **changed)
+        assert not same(other.tensors, own.tensors)
+        assert same(stacking.made_with(base, ["cat"])[0].tensors, own.tensors)
+
+
 def test_an_attacker_asks_for_an_object_in_every_style_and_for_a_style_of_every_object(
     script: Callable[[str], Any],
 ) -> None:
