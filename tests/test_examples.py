@@ -233,8 +233,40 @@ def test_the_benchmark_counts_what_a_report_shows(script: Callable[[str], Any]) 
     other = {**ours, "target": "dog", "counts": {**ours["counts"], "UA": [0, 0, 10]}}
     half = f"{50 * gone / len(asked):.1f}"
     # of two targets, one of which is erased and one never: bootstrapped means lie anywhere between
-    assert benchmark.mean([ours, other], "UA").startswith(f"{half} [0, ")
+    assert benchmark.mean([ours, other], "UA").interval().startswith(f"{half} [0, ")
     assert sum(line.startswith("| objects | patch") for line in benchmark.table(rows)) == 4
+
+
+def test_methods_are_compared_at_the_strength_that_keeps_most_and_erases_enough(
+    script: Callable[[str], Any], tmp_path: Path
+) -> None:
+    benchmark = script("benchmark")
+
+    def row(target: str, method: str, strength: float, gone: int, kept: int, seed: int = 0) -> dict[str, Any]:
+        counts = {"UA": [gone, 0, 100], "kept": [kept, 100, 100]}
+        where = {"target": target, "kind": "object", "method": method, "strength": strength, "seed": seed}
+        return {**where, "counts": counts, "label": f"weight {strength:g}", "cost": None}
+
+    rows = [
+        row(target, method, strength, gone, kept - 2 * (target == "dog"), seed)
+        for target in ("cat", "dog")
+        for method, strength, gone, kept, seed in (
+            ("base", 1, 0, 100, 0),
+            ("esd_lora", 1, 98, 96, 0),
+            ("esd_lora", 1, 96, 92, 1),
+            ("esd_lora", 0.5, 60, 99, 0),
+            ("other", 1, 95, 84, 0),
+            ("other", 1.5, 100, 50, 0),
+            ("weak", 1, 94, 100, 0),
+        )
+    ]
+    lines = [line.split(" | ") for line in benchmark.matched(rows)[2:]]
+    assert [line[1] for line in lines] == ["esd_lora weight 1", "other weight 1", "weak"]
+    assert [line[3].split(" ")[0] for line in lines[:2]] == ["93.0", "83.0"]
+    assert lines[1][4] == "+10.0 [+10.0, +10.0]"  # of each target 94 - 84
+    assert lines[2][2] == "at no strength 95"
+    benchmark.write_page_of(rows, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"benchmark.md", "benchmark.png"}
 
 
 def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[str], Any], tmp_path: Path) -> None:
