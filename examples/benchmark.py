@@ -220,7 +220,9 @@ def plot(rows: Rows, path: Path) -> None:
             axes.errorbar(x, y, along, across, fmt="o-", markersize=4, capsize=2, elinewidth=0.6, **style)
         targets = len({r["target"] for r in rows if r["kind"] == kind})
         axes.axhline(ERASED, color="gray", linestyle=":", linewidth=1)
-        axes.set(title=f"{targets} {kind}s", xlabel="kept", ylabel="erased", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        axes.set(title=f"{targets} {kind}s", xlabel="kept", ylabel="erased")
+        axes.set_xlim(right=1.01)
+        axes.set_ylim(top=1.02)
         axes.spines[["top", "right"]].set_visible(False)
     handles = {
         name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
