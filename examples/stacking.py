@@ -5,8 +5,8 @@
 A run has an order of the concepts and a training seed of its own: its first k patches are put together and the grid is drawn,
 pictures of an erased concept with nothing else erased in them, and pictures with nothing erased. Patches are kept in the
 folder and answers in `stacking.json`, so that the script goes on where it stopped; after a change of how patches are made or
-put together, choose another. At the end it prints a table and draws `stacking.png` of all answers that there are. Those of
-the README are docs/stacking.json: with a copy of it in the folder the script adds to them.
+put together, choose another. At the end it writes the tables, `stacking.md`, and draws `stacking.png` of all answers that there
+are. Those that are published are docs/stacking.json: with a copy of it in the folder the script adds to them.
 """
 
 from __future__ import annotations
@@ -302,8 +302,9 @@ def main() -> None:
         row = {"way": way, "weight": weight, **drawn, "digest": digest, "erased": order, "answers": answers}
         found.append(row)
         write_rows(path, found)
-    table(found)
-    plot([row for row in found if row["weight"] == 1], args.out / "stacking.png")
+    write_file(args.out / "stacking.md", page(found).encode())
+    plot([row for row in found if row["weight"] == 1 and row["way"] in CURVES], args.out / "stacking.png")
+    print(args.out / "stacking.md")
 
 
 def rate_of(counts: Iterable[tuple[int, int]]) -> Rate:
@@ -331,11 +332,12 @@ def by_way(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Mappi
     return {named[key]: {k: there for k, there in by_k.items() if there} for key, by_k in rows.items()}
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> None:
-    """Print the rates with 95 % intervals, those of neighbours of erased concepts apart."""
-    print(
-        "| way | k | n | erased concepts left | kept objects | kept styles | neighbours kept |\n|---|---|---|---|---|---|---|"
-    )
+def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown: the rates with 95 % intervals, those of neighbours of erased concepts apart."""
+    lines = [
+        "| way | k | n | erased concepts left | kept objects | kept styles | neighbours kept |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for way, by_k in by_way(found).items():
         for k, rows in by_k.items():
             near = [
@@ -346,10 +348,39 @@ def table(found: Sequence[Mapping[str, Any]]) -> None:
             ]
             groups = [seen(rows, group) for group in ("erased", "objects", "styles")]
             shown = [rate_of(counts).interval() if counts else "" for counts in (*groups, near)]
-            print(f"| {way} | {k} | {sum(n for _, n in groups[0])} | {' | '.join(shown)} |")
+            lines.append(f"| {way} | {k} | {sum(n for _, n in groups[0])} | {' | '.join(shown)} |")
+    return lines
+
+
+HEAD = """# Patches put together
+
+By `python examples/stacking.py`, of [stacking.json](stacking.json). Per cent with 95 % Wilson intervals. k: patches together;
+n: pictures that ask for an erased concept, of one order of the concepts and one training seed where there are 134, of three
+where there are 402. As many ask for nothing that is erased; *neighbours kept* are those of them that ask for what is like an
+erased concept.
+"""
+
+
+def page(found: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: all that was measured, and what the ways are."""
+    by_weight = {(row["way"], row["k"]) for row in found if row["weight"] != 1}
+    parts = {
+        "The curves": [row for row in found if row["way"] in CURVES and row["weight"] == 1],
+        "Scaled": [row for row in found if (row["way"], row["k"]) in by_weight],
+        "Other keys, and attempts": [row for row in found if row["way"] in OTHERS],
+    }
+    lines = [HEAD]
+    for title, rows in parts.items():
+        lines += [f"## {title}", "", *table(rows), ""]
     for k, rows in by_way(found).get("words left out", {}).items():
-        parts = [rate_of(seen(rows, "objects", only=only)) for only in (LEFT_OUT, set(OBJECTS) - set(LEFT_OUT))]
-        print(f"words left out, k = {k}: {parts[0].interval()} of those, {parts[1].interval()} of the others")
+        out, known = (rate_of(seen(rows, "objects", only=only)) for only in (LEFT_OUT, set(OBJECTS) - set(LEFT_OUT)))
+        lines += [f"Words left out, k = {k}: {out.interval()} of those kept, {known.interval()} of the others.", ""]
+    lines += ["What a recipe has besides concept and synonyms, or which constants of `esd_lora.keys` are others:", ""]
+    told = {row["way"] for row in found}
+    for way in (w for w in (*KINDS, *MADE_WITH) if w in told):
+        fields = {**KINDS, **MADE_WITH}[way]
+        lines.append(f"* *{way}*: {', '.join(f'{k} {v}' for k, v in fields.items()) or 'the defaults'}")
+    return "\n".join([*lines, ""])
 
 
 def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:

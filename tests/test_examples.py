@@ -116,6 +116,31 @@ def test_keys_are_made_with_other_constants_and_then_with_the_packages_own_again
         assert same(stacking.made_with(base, ["cat"])[0].tensors, own.tensors)
 
 
+def test_the_page_of_what_was_put_together_has_every_row_once(script: Callable[[str], Any]) -> None:
+    stacking = script("stacking")
+
+    def row(way: str, k: int, run: int, weight: float = 1) -> dict[str, Any]:
+        answers = {
+            "erased": {"cat": (1, 10)},
+            "objects": {"tiger": (9, 10), "bus": (10, 10)},
+            "styles": {"ink": (8, 10)},
+        }
+        return {"way": way, "k": k, "run": run, "weight": weight, "erased": ["cat"], "answers": answers}
+
+    rows = [row("keyed", 8, 0), row("keyed", 8, 1), row("keyed", 8, 0, 0.5), row("keyed, rank 4", 16, 0)]
+    lines = [line for line in stacking.page([*rows, row("ties", 2, 0)]).splitlines() if line.startswith("| ")]
+    found = [line.split(" | ") for line in lines if not line.startswith("| way")]
+    assert [(line[0], line[1], line[2]) for line in found] == [
+        ("| keyed", "8", "20"),
+        ("| ties", "2", "10"),
+        ("| keyed × 0.5", "8", "10"),  # beside the same at a weight of 1
+        ("| keyed", "8", "20"),
+        ("| keyed, rank 4", "16", "10"),
+    ]
+    rates = [float(cell.split(" ")[0]) for cell in found[0][3:]]
+    assert rates == [10, 95, 80, 90]  # erased left, objects, styles, the tiger
+
+
 def test_an_attacker_asks_for_an_object_in_every_style_and_for_a_style_of_every_object(
     script: Callable[[str], Any],
 ) -> None:
