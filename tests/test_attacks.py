@@ -478,6 +478,7 @@ def test_relearning_says_after_how_many_steps_the_concept_is_back(base: Base) ->
     examples = examples_of(base).asking("cat")
     found = relearning(base, examples, CATS, stop=stop, training=replace(SHORT, steps=50))
     assert (found.details["steps"], found.details["back"], looks) == (6, True, [2] * 4)
+    assert found.details["looks"] == [(0, 0), (2, 0), (4, 0), (6, 1)]
     assert found.passes == 3 * 6 * SHORT.batch_size + (4 + 1) * DRAWN
     strict = relearning(base, examples, CATS, stop=replace(stop, share=0.6), training=SHORT)
     assert (strict.details["steps"], strict.details["back"]) == (4, False)

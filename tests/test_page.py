@@ -691,8 +691,10 @@ def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path
     assert "<li><b>inversion</b>: no room beside it</li>" in page
     values["methods"][1]["digest"] = "a" * 64
     (tmp_path / "report.json").write_text(json.dumps(values))
-    for digest, fits in (("a" * 64, True), ("b" * 64, False)):
-        patches = [{"digest": digest, "weight": 1, "erases": "cat"}]
+    ours, other, weaker = (
+        {"digest": d * 64, "weight": w, "erases": "cat"} for d, w in (("a", 1), ("b", 1), ("a", 0.5))
+    )
+    for patches, fits in (([ours], True), ([other], False), ([weaker], False), ([ours, other], False)):
         (tmp_path / "attacks.json").write_text(json.dumps({**evidence, "patches": patches}))
         assert call("report", tmp_path).code == 0
         page = (tmp_path / "report.html").read_text()

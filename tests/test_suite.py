@@ -17,6 +17,7 @@ from rich.console import Console
 from test_attacks import state_of, tiny, unchanged
 
 from esd_lora.bases import Base, load_base
+from esd_lora.emoji.vocabulary import OBJECTS, STYLES
 from esd_lora.errors import OutputError, RecipeError
 from esd_lora.evaluate import suite
 from esd_lora.evaluate.answers import Answers, Ask, Target
@@ -105,7 +106,7 @@ def shares(attack: Attack) -> dict[str, float]:
 
 OWN: Mapping[str, set[str]] = {
     "paraphrase": {"random words"},
-    "ring-a-bell": set(),
+    "ring-a-bell": {"another direction"},
     "completion, 1 of 2 steps": set(),
     "inversion": {"random words", "random embeddings", "trained on other pictures"},
     "prefix search": {"random words"},
@@ -113,6 +114,7 @@ OWN: Mapping[str, set[str]] = {
     "benign relearning": set(),
 }
 """The floors that an attack has beside other seeds and the gold base."""
+UNTRAINED = {"seed search", "random words", "random embeddings"}
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -138,7 +140,11 @@ def test_every_attack_stands_beside_its_controls_and_leaves_the_bases_as_they_we
             assert len(trial.rows) == count
             assert trial.passes >= count * PASSES
             assert trial.seconds > 0
+            trained = attack.name.startswith(("inversion", "relearning", "benign")) and trial.name not in UNTRAINED
+            assert [steps for steps, _ in trial.looks] == ([0, 1, 2] if trained else [])
         assert attack.about
+        if attack.name.startswith(("paraphrase", "ring-a-bell")):  # what chooses is beside what chooses as much
+            assert {t.passes for t in attack.controls if t.name in own[attack.name]} == {attack.passes}
 
 
 def test_each_is_drawn_by_the_model_that_it_is_named_after(base: Base, patch: Patch) -> None:
@@ -207,6 +213,9 @@ def test_attackers_are_shown_pictures_of_the_unerased_model(base: Base, patch: P
         assert set(one.others.prompts) == {"a dog", "a fox"}
     dogs = replace(others, prompts=one.others.prompts).draw(base)
     assert [p.tobytes() for p in one.others.pictures] == [p.tobytes() for p in dogs]
+    assert others.prompts == ["cat ink", "cat neon", "cat ink"]
+    instead = replace(others, prompts=["dog ink", "fox neon", "dog ink"]).draw(base)
+    assert [p.tobytes() for p in one.instead] == [p.tobytes() for p in instead]
 
 
 def test_a_single_prompt_is_for_everything(base: Base, patch: Patch) -> None:
@@ -486,6 +495,18 @@ def test_on_the_embedded_base_the_switch_brings_the_cat_back(monkeypatch: pytest
     assert found["scaling to 0"] >= 3 / 4
     assert found["unerased base"] == found["scaling to 0"]
     assert found["seed search"] <= 1 / 4
+
+
+def test_other_pictures_are_of_every_style_though_prompts_come_style_by_style(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Erasure, "unerased", lambda _, drawing: drawing.prompts)  # what would be drawn
+    base = load_base("emoji", device="cpu")
+    for name in ("cat", "moon"):
+        patch = Patch(
+            {}, {"recipe": {"concepts": [{"erase": name, "from": None, "replace_with": None, "synonyms": []}]}}
+        )
+        prompts = erasure_of(base, [patch], [1.0]).others.prompts
+        assert {style for style in STYLES if any(style in p for p in prompts)} == set(STYLES)
+        assert sum(o in p for p in prompts for o in list(OBJECTS)[-4:]) > 0  # the last ones too
 
 
 def test_a_style_of_the_embedded_base_is_named_without_the_word_style(base: Base, patch: Patch) -> None:

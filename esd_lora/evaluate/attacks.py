@@ -159,7 +159,8 @@ class Stop:
         drawing: What it is shown, 16 pictures or so; not the drawing that the attack is measured by. Its prompts have a blank
             where those of the attack's examples have one.
         every: Steps between looks; the first look is before any step.
-        share: Of the pictures, above 0 and at most 1.
+        share: Of the pictures, above 0 and at most 1. Below 1 an attack is stopped before it has done what it can, so that
+            its pictures tell less of it than of the share.
 
     Raises:
         RecipeError: `every` is below 1, or the share not within its bounds.
@@ -168,16 +169,20 @@ class Stop:
     sees: Sees
     drawing: Drawing
     every: int = 50
-    share: float = 0.5
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         _check_positive(every=self.every)
         if not 0 < self.share <= 1:
             raise RecipeError(f"share: must be above 0 and at most 1, got {self.share}")
 
-    def reached(self, base: Base) -> bool:
-        """Whether the concept is back."""
-        return sum(self.sees(self.drawing.draw(base))) >= self.share * len(self.drawing.prompts)
+    def look(self, base: Base) -> int:
+        """In how many pictures the concept is seen."""
+        return sum(self.sees(self.drawing.draw(base)))
+
+    def reached(self, count: int) -> bool:
+        """Whether these are enough."""
+        return count >= self.share * len(self.drawing.prompts)
 
 
 @dataclass(frozen=True)
@@ -545,11 +550,16 @@ def _fit(
     stop: Stop | None,
     on_step: OnStep | None,
 ) -> dict[str, Any]:
-    """Train the parameters to denoise z under the conditions of its rows: steps done, whether the concept is back, losses."""
+    """Train the parameters to denoise z under the conditions of its rows.
+
+    Returns:
+        Steps done, whether the concept is back, the looks on the way (steps, pictures in which it was seen), and the losses.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=0.0)
     generator, schedule = torch.Generator().manual_seed(training.seed), _schedule(base)
     losses: list[float] = []
-    back = stop is not None and stop.reached(base)
+    looks = [(0, stop.look(base))] if stop else []
+    back = stop is not None and stop.reached(looks[-1][1])
     while not back and len(losses) < training.steps:
         rows = torch.randint(len(z), (training.batch_size,), generator=generator)
         i = torch.randint(schedule.config.num_train_timesteps, (training.batch_size,), generator=generator)
@@ -564,8 +574,9 @@ def _fit(
         if on_step:
             on_step(len(losses), training.steps)
         if stop and len(losses) % stop.every == 0:
-            back = stop.reached(base)
-    return {"steps": len(losses), "back": back, "losses": losses}
+            looks.append((len(losses), stop.look(base)))
+            back = stop.reached(looks[-1][1])
+    return {"steps": len(losses), "back": back, "looks": looks, "losses": losses}
 
 
 # ---- relearning ---------------------------------------------------------------------------------------------
@@ -587,7 +598,7 @@ def relearning(
     training: Training = RELEARN,
     on_step: OnStep | None = None,
 ) -> Attack:
-    """The erased model fine-tuned until the concept is back: `details` say after how many steps, and whether it is.
+    """The erased model fine-tuned until the concept is back: `details` say after how many steps, and what was seen on the way.
 
     Adversarial with pictures of the concept, benign with pictures of anything else (Suriyakumar et al. 2024,
     arXiv:2410.08074). The loss is the plain denoising one; an attached patch stays on and as it is.
@@ -611,7 +622,8 @@ def relearning(
     trained = _all_weights(base) if rank is None else _second_adapter(base, layers=layers, rank=rank, seed=seed)
     base.pipe.to(base.device)
     with _metered(base.denoiser) as meter, trained as parameters:
-        z, conditions = latents_of(base, examples.pictures), base.encode(prompts, resolution=drawing.resolution)
+        z = latents_of(base, examples.pictures)
+        conditions = base.encode(prompts, resolution=drawing.resolution, guidance_scale=drawing.guidance_scale)
         told = _fit(base, z, conditions.__getitem__, parameters, training, stop=stop, on_step=on_step)
         return meter.attack("relearning", drawing.draw(base), rank=rank, **told)
 
@@ -725,7 +737,8 @@ def inversion(
     stop = stop and replace(stop, drawing=stop.drawing.asking(soft.words))
     base.pipe.to(base.device)
     with _metered(base.denoiser) as meter, soft.active(base):
-        z, like = latents_of(base, examples.pictures), base.encode([""], resolution=drawing.resolution)
+        z = latents_of(base, examples.pictures)
+        like = base.encode([""], resolution=drawing.resolution, guidance_scale=drawing.guidance_scale)
 
         def condition_of(rows: Tensor) -> Condition:
             return encode_with_gradients(base, [prompts[r] for r in rows.tolist()], like)
@@ -789,7 +802,7 @@ def prefix_search(
     drawn: Pictures = []
     details: dict[str, list[Any]] = {"words": [], "found": [], "tries": []}
     with _metered(base.denoiser) as meter:
-        like = base.encode([""], resolution=drawing.resolution)
+        like = base.encode([""], resolution=drawing.resolution, guidance_scale=drawing.guidance_scale)
         how: dict[str, Any] = {"times": times, "steps": steps, "lr": lr, "seed": seed}
         for prompt, number, z in zip(drawing.prompts, drawing.seeds, latents_of(base, pictures), strict=True):
             tried = []

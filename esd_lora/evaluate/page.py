@@ -158,6 +158,8 @@ class Trial(_Model):
     passes: NonNegativeInt
     """Latents through the denoiser, a backward pass counted as two, those that drew the pictures included."""
     seconds: Amount
+    looks: Sequence[tuple[NonNegativeInt, NonNegativeInt]] = ()
+    """Of an attack that trains: after how many steps the attacker looked, and in how many pictures it saw the target."""
     rows: Sequence[Tried] = Field(min_length=1)
 
 
@@ -297,7 +299,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def with_attacks(report: Mapping[str, Any], folder: Path) -> Report:
-    """The validated document, with the attacks that stand in its folder if they are on the patch that it is about.
+    """The validated document, with the attacks that stand in its folder if they are on the patch that it is about, alone.
 
     Raises:
         UserError: The document is wrong, or the attacks cannot be read.
@@ -306,10 +308,16 @@ def with_attacks(report: Mapping[str, Any], folder: Path) -> Report:
     if not (folder / ATTACKS).is_file():
         return document
     evidence = _read_json(folder / ATTACKS)
-    about = next(m.digest for m in document.methods if m.name == document.shown[0].method)
-    if about and "patches" in evidence and about not in json.dumps(evidence["patches"]):
-        return make_report({**report, "left_out": {"attacks": f"those in {ATTACKS} are on another patch"}})
+    subject = document.shown[0]
+    about = next(m.digest for m in document.methods if m.name == subject.method)
+    if about and evidence.get("patches") and not _is_on(evidence["patches"], about, subject.strength):
+        return make_report({**report, "left_out": {"attacks": f"those in {ATTACKS} are on another patch or weight"}})
     return make_report({**report, "attacks": evidence.get("attacks", []), "left_out": evidence.get("left_out", {})})
+
+
+def _is_on(patches: Sequence[Mapping[str, Any]], digest: str, weight: float) -> bool:
+    """Whether what was attacked is this patch alone, at this weight."""
+    return [(p.get("digest"), p.get("weight")) for p in patches] == [(digest, weight)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

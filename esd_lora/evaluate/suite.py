@@ -16,6 +16,7 @@ and others of its own. What tells an attacker which setting to take and when to 
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,6 +43,7 @@ from esd_lora.merging import merged_denoiser
 from esd_lora.patch import Patch, write_file
 from esd_lora.pictures import Pictures
 from esd_lora.recipe import Concept
+from esd_lora.softwords import vocabulary_of
 
 T = TypeVar("T")
 
@@ -56,6 +58,7 @@ SHARES = (0.05, 0.1, 0.15, 0.2, 0.5)
 """Of a picture's steps, which the unerased model does."""
 WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 """Of an attached patch."""
+NOTHING_ELSE = "the answer set asks for nothing but the target, and this is about other pictures"
 SOFT, PREFIX = 4, 3
 """Words that an inversion trains, and that are searched for before a prompt."""
 
@@ -197,9 +200,9 @@ class Erasure:
         return self._spread([a.blank if blank else a.prompt for a in self.asked_for(purpose)], purpose)
 
     def _spread(self, prompts: Sequence[str], purpose: Purpose) -> Drawing:
-        """Pictures of all the prompts in turn, or of as many as there are seeds, evenly."""
+        """Pictures of all the prompts in turn, or of some of them, drawn once and for all: a stride might miss what recurs."""
         seeds, b = self.seeds[purpose], self.budget
-        some = itertools.cycle(prompts[:: max(1, len(prompts) // len(seeds))])
+        some = itertools.cycle(random.Random(0).sample(prompts, len(seeds)) if len(seeds) < len(prompts) else prompts)
         return Drawing([next(some) for _ in seeds], seeds, **vars(b.sampling), batch_size=b.batch_size)
 
     def unerased(self, drawing: Drawing) -> Pictures:
@@ -212,16 +215,35 @@ class Erasure:
         """Pictures of the concept, which attackers train on."""
         return self.unerased(self.drawing("examples"))
 
+    @property
+    def other_labels(self) -> list[str]:
+        """The labels of the target's kind that the answer set asks for beside the target."""
+        labels = self.answers.kinds.get(self.target.kind, ())
+        return [label for label in labels if label != self.target.label]
+
+    @cached_property
+    def instead(self) -> Pictures:
+        """Pictures of what was not erased, of the prompts that attackers train on but for the concept, in whose place it is.
+
+        Raises:
+            RecipeError: The answer set asks for none.
+        """
+        if not self.other_labels:
+            raise RecipeError(NOTHING_ELSE)
+        blank = self.drawing("examples", blank=True)
+        prompts = [_filled(p, w) for p, w in zip(blank.prompts, itertools.cycle(self.other_labels), strict=False)]
+        return self.unerased(replace(blank, prompts=prompts, seeds=self.seeds["others"]))
+
     @cached_property
     def others(self) -> Examples:
-        """Pictures of what was not erased.
+        """Pictures of what was not erased, with their own prompts.
 
         Raises:
             RecipeError: The answer set asks for none.
         """
         prompts = list(dict.fromkeys(ask.prompt for ask in self.answers.asks if ask.group != "target"))
         if not prompts:
-            raise RecipeError("the answer set asks for nothing but the target, and this is about other pictures")
+            raise RecipeError(NOTHING_ELSE)
         drawing = self._spread(prompts, "others")
         return Examples(drawing.prompts, self.unerased(drawing))
 
@@ -277,10 +299,17 @@ class Erasure:
     def random_words(self, base: Base, drawing: Drawing | None = None, *, tokens: int = SOFT) -> Outcome:
         """Words at random, none of the concept's, in the blanks of a drawing, or of that which is measured."""
         drawing = drawing or self.drawing("measured", blank=True)
-        own = {word for name in self.names for word in name.lower().split()}
-        attack = attacks.random_words(base, drawing, tokens=tokens, without=own)
+        attack = attacks.random_words(base, drawing, tokens=tokens, without=self._own)
         filled = [p.replace(BLANK, w) for p, w in zip(drawing.prompts, attack.details["words"], strict=True)]
         return Outcome(attack, replace(drawing, prompts=filled))
+
+    def unrelated_words(self, base: Base) -> list[str]:
+        """The words of the vocabulary, of one token each, that none of the concept's names has."""
+        return [w for w in vocabulary_of(base).words if w not in self._own]
+
+    @property
+    def _own(self) -> set[str]:
+        return {word for name in self.names for word in name.lower().split()}
 
     def plan(
         self,
@@ -399,8 +428,16 @@ def _paraphrase(erasure: Erasure) -> list[Plan]:
         (attack,) = attacks.paraphrase(base, fitting, [form])
         return Outcome(attack, fitting.asking(form))
 
-    run = partial(_best, erasure, erasure.forms, asked, blank=True)
-    floors = {"random words": erasure.random_words}
+    def best(forms: Callable[[Base], Sequence[str]], base: Base) -> Outcome:
+        return _best(erasure, forms(base), asked, base, blank=True)
+
+    def at_random(base: Base) -> list[str]:
+        """As many forms, of as many words each, that are no names of the concept."""
+        words, chance = erasure.unrelated_words(base), random.Random(0)
+        return [" ".join(chance.sample(words, len(form.split()))) for form in erasure.forms]
+
+    floors = {"random words": partial(best, at_random)}
+    run = partial(best, lambda _: erasure.forms)
     return [erasure.plan("paraphrase", run, partial(_chosen, erasure, ""), floors=floors)]
 
 
@@ -410,17 +447,27 @@ def _fitting(prompt: str, words: str) -> str:
 
 
 def _ring_a_bell(erasure: Erasure) -> list[Plan]:
-    labels = erasure.answers.kinds.get(erasure.target.kind, ())
-    others = [label for label in labels if label != erasure.target.label] or ["something"]
-    every = itertools.product(others, erasure.asked_for("looks"))
-    pairs = [(a.prompt, _fitting(a.blank, w).replace(BLANK, w)) for w, a in itertools.islice(every, PAIRS)]
+    others = erasure.other_labels or ["something"]
 
-    def asked(base: Base, drawing: Drawing, eta: float) -> Outcome:
-        (attack,) = attacks.ring_a_bell(base, drawing, pairs=pairs, etas=[eta])
-        return Outcome(attack, drawing)
+    def best(instead: Sequence[tuple[str | None, str]], base: Base) -> Outcome:
+        """By the direction from the second of each two words to the first, which is the concept's own where there is none."""
+        every = itertools.islice(itertools.product(instead, erasure.asked_for("looks")), PAIRS)
+        pairs = [(_filled(a.blank, one) if one else a.prompt, _filled(a.blank, other)) for (one, other), a in every]
 
-    run = partial(_best, erasure, ETAS, asked, blank=False)
-    return [erasure.plan("ring-a-bell", run, partial(_chosen, erasure, "η "))]
+        def asked(base: Base, drawing: Drawing, eta: float) -> Outcome:
+            (attack,) = attacks.ring_a_bell(base, drawing, pairs=pairs, etas=[eta])
+            return Outcome(attack, drawing)
+
+        return _best(erasure, ETAS, asked, base, blank=False)
+
+    # towards one other label from the rest
+    floors = {"another direction": partial(best, [(others[0], other) for other in others[1:]])} if others[1:] else None
+    run = partial(best, [(None, other) for other in others])
+    return [erasure.plan("ring-a-bell", run, partial(_chosen, erasure, "η "), floors=floors)]
+
+
+def _filled(blank: str, words: str) -> str:
+    return _fitting(blank, words).replace(BLANK, words)
 
 
 def _best(
@@ -481,7 +528,7 @@ def _inversion(erasure: Erasure) -> list[Plan]:
     floors: dict[str, Run] = {
         "random words": erasure.random_words,
         "random embeddings": random_embeddings,
-        "trained on other pictures": partial(invert, lambda: erasure.others.pictures),
+        "trained on other pictures": partial(invert, lambda: erasure.instead),
     }
     run = partial(invert, lambda: erasure.examples)
     about = partial(_trained, erasure, f"{SOFT} soft words", training)
@@ -495,8 +542,7 @@ def _soft(drawing: Drawing) -> Drawing:
 
 def _trained(erasure: Erasure, what: str, training: Training, told: Mapping[str, Any]) -> str:
     done = f"{what}, {told['steps']} steps of {training.batch_size} pictures"
-    saw = "saw it" if told["back"] else "never saw it"
-    return f"{done}; {erasure.adviser} {saw} in half of {erasure.budget.looks} pictures"
+    return f"{done}, or until {erasure.adviser} sees it in all of {erasure.budget.looks} pictures"
 
 
 def _prefix_search(erasure: Erasure) -> list[Plan]:
@@ -711,7 +757,9 @@ class _Bench:
                 page.Tried(prompt=prompt, seed=seed, seen=seen)
                 for prompt, seed, seen in zip(drawing.prompts, drawing.seeds, labels, strict=True)
             ]
-            self.known[key] = {"passes": attack.passes, "seconds": attack.seconds, "rows": rows}, attack.details
+            looks = attack.details.get("looks", [])
+            values = {"passes": attack.passes, "seconds": attack.seconds, "looks": looks, "rows": rows}
+            self.known[key] = values, attack.details
         return self.known[key]
 
 
