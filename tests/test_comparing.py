@@ -22,11 +22,11 @@ from tiny import checked_by
 
 from esd_lora.bases import Base, load_base
 from esd_lora.compose import attach
-from esd_lora.emoji.vocabulary import prompt
+from esd_lora.emoji.vocabulary import STYLES, prompt
 from esd_lora.errors import PatchError, RecipeError
 from esd_lora.evaluate import comparing as module
 from esd_lora.evaluate import ways
-from esd_lora.evaluate.answers import Answers, Ask, Target
+from esd_lora.evaluate.answers import Answers, Ask, Target, emoji_answers
 from esd_lora.evaluate.comparing import (
     Comparison,
     Sampling,
@@ -239,6 +239,17 @@ def test_controls_are_spread_over_both_sides() -> None:
     assert spread(ASKS, 1000) == list(ASKS)
 
 
+@pytest.mark.parametrize("target", ["cat", "neon"])
+def test_controls_are_of_every_kind_though_prompts_come_style_by_style(target: str) -> None:
+    """Of 36 pictures one of 19 objects may be missed by chance, of five or six styles none."""
+    asks = emoji_answers(target, target_seeds=10, kept_seeds=1).asks
+    for some in (spread(asks, 48), spread(asks, 24)):
+        kept = [a.wanted for a in some if a.group != "target"]
+        styles = {style for style in STYLES if style != target}
+        assert {w["style"] for w in kept} == styles
+        assert len({w["object"] for w in kept}) > 8
+
+
 def test_a_page_shows_each_way_at_its_default_without_controls(subject: Subject, patch: Patch) -> None:
     found = ways_of(subject, {"runs/cat": patch}, weights=[0.5, 0.9], against=["sld"])
     assert [(p.method, p.strength) for p in shown_places(found)] == [("cat", 0.9), ("SLD", 2.0)]
@@ -254,7 +265,7 @@ def test_what_cannot_be_compared_is_one_line(subject: Subject, base: Base, patch
             baseline_way(name, subject)
     with pytest.raises(RecipeError, match="emoji alone has an answer set of its own; give --answers"):
         questions("some/base", patch, None)
-    path = tmp_path / "set.yaml"
+    path, told = tmp_path / "set.yaml", replace(patch, info={"recipe": {"concepts": [{"erase": "church"}]}})
     path.write_text("prompts: [{prompt: a church, wanted: {object: church}}]\n")
     with pytest.raises(RecipeError, match="names no target, such as"):
         evaluate_patches("some/base", {"cat": patch}, tmp_path, answers=path, command="")
@@ -263,6 +274,14 @@ def test_what_cannot_be_compared_is_one_line(subject: Subject, base: Base, patch
         RecipeError, match=r"^--evaluator emoji: does not know the object church; it has object: 21 labels"
     ):
         judge_of("emoji", questions("some/base", patch, path))
+    with pytest.raises(RecipeError, match=r"set.yaml: every prompt asks for the target; a report needs others too"):
+        evaluate_patches("some/base", {"cat": told}, tmp_path, answers=path, command="")
+    dog = "{prompt: a dog, wanted: {object: dog}, seeds: [7]}"
+    path.write_text(path.read_text().replace("}}]", f"}}}}, {dog}, {dog}]"))
+    with pytest.raises(
+        RecipeError, match=r"set.yaml: 'a dog' with seed 7 is there 2 times; a report tells pictures by"
+    ):
+        evaluate_patches("some/base", {"cat": told}, tmp_path, answers=path, command="")
     hat = Patch(patch.tensors, {"recipe": {"concepts": [{"erase": "party hat", "from": "cat"}]}})
     with pytest.raises(RecipeError, match="no grid asks for it"):
         questions("emoji", hat, None)

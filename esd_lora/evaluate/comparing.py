@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -155,6 +157,7 @@ def evaluate_patches(
     concept = subject_words(first)
     asked = questions(base, first, answers, target_seeds=target_seeds, kept_seeds=kept_seeds)
     target = target_of(asked, source=answers or base)
+    _check_comparable(asked, source=answers or base)
     device = str(pick_device(how.get("device") or processes.own_device()))
     how["device"] = device
     judge = judge_of(evaluator, asked, device=device)
@@ -180,6 +183,22 @@ def evaluate_patches(
         )
         processes.agreed(lambda: write_page(report, folder / "report.html"))
     return report
+
+
+def _check_comparable(answers: Answers, *, source: object) -> None:
+    """Nothing, if a report can be made of the answers.
+
+    Raises:
+        RecipeError: All ask for the target, or two pictures have the same prompt and seed.
+    """
+    if all(ask.group == "target" for ask in answers.asks):
+        raise RecipeError(f"{source}: every prompt asks for the target; a report needs others too, that should stay")
+    pairs = Counter((ask.prompt, ask.seed) for ask in answers.asks)
+    (prompt, seed), count = pairs.most_common(1)[0]
+    if count > 1:
+        raise RecipeError(
+            f"{source}: {prompt!r} with seed {seed} is there {count} times; a report tells pictures by these"
+        )
 
 
 def compare(
@@ -343,19 +362,22 @@ def shown_places(ways: Sequence[Way]) -> list[Place]:
 
 
 def spread(asks: Sequence[Ask], n: int) -> list[Ask]:
-    """About n of the answers, evenly: a quarter of them asks for the target, and the rest for something else."""
+    """About n of the answers: a quarter of them asks for the target, and the rest for something else."""
     target, kept = (side for _, side in _sides(asks, len(asks)))
-    return [*_every(target, n // 4), *_every(kept, n - n // 4)]
+    return [*_some(target, n // 4), *_some(kept, n - n // 4)]
 
 
 def _sides(asks: Sequence[Ask], n: int) -> list[tuple[str, Sequence[Ask]]]:
-    """At most n answers that ask for the target, evenly, and as many that do not, with what each are called."""
+    """At most n answers that ask for the target, and as many that do not, with what each are called."""
     target, kept = [a for a in asks if a.group == "target"], [a for a in asks if a.group != "target"]
-    return [("the target's", _every(target, n)), ("other", _every(kept, n))]
+    return [("the target's", _some(target, n)), ("other", _some(kept, n))]
 
 
-def _every(asks: Sequence[Ask], n: int) -> Sequence[Ask]:
-    return asks[:: max(1, len(asks) // n)][:n]
+def _some(asks: Sequence[Ask], n: int) -> Sequence[Ask]:
+    """At most n of the answers in their order, drawn once and for all: a stride might miss what recurs, such as styles."""
+    if len(asks) <= n:
+        return asks
+    return [asks[i] for i in sorted(random.Random(0).sample(range(len(asks)), n))]
 
 
 def _asks_of(way: Way, asks: Sequence[Ask]) -> Sequence[Ask]:
@@ -434,7 +456,7 @@ def _rows(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.Image
 def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers:
     """The drift of the base from itself: in batches of another size, and from other noise."""
     base, folder = comparison.base, comparison.folder / "pictures"
-    asks = _every([a for a in comparison.answers.asks if a.group != "target"], RULED)
+    asks = _some([a for a in comparison.answers.asks if a.group != "target"], RULED)
     how: dict[str, Any] = vars(comparison.sampling)
     again = draw_answers(base, asks, folder / "again", batch_size=5, **how)
     other = draw_answers(base, [replace(a, seed=a.seed ^ OTHER) for a in asks], folder, **how)
@@ -445,7 +467,7 @@ def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers
 def _distances(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.Image]) -> list[Measure]:
     """KID of the pictures that do not ask for the target beside the base's; none of fewer than three, or without features."""
     after = dict(zip(drawn.asks, drawn.pictures, strict=True))
-    kept = _every([a for a in drawn.asks if a.group != "target"], PAIRED)
+    kept = _some([a for a in drawn.asks if a.group != "target"], PAIRED)
     if comparison.space is None or len(kept) < 3:
         return []
     name, features = comparison.space

@@ -279,15 +279,15 @@ def _full_esd(subject: Subject, *, layers: Literal["esd-x", "esd-u"]) -> Way:
     place = subject.place(f"{layers} {sorted(tuned.items())}")
     path = place / "change.safetensors"
 
-    def make() -> Made:
-        frozen, step = subject.trainer, _told(subject, layers, tuned["steps"])
+    def make(frozen: Base) -> Made:
+        step = _told(subject, layers, tuned["steps"])
         found = full_esd(frozen, subject.concept.erase, layers=layers, on_step=step, **tuned)
         before = dict(frozen.denoiser.named_parameters())
         after = dict(found.base.denoiser.named_parameters())
         change = {n: w.detach() - before[n] for n, w in after.items() if not torch.equal(w, before[n])}
         return found.passes, lambda: write_file(path, save({n: w.contiguous().cpu() for n, w in change.items()}))
 
-    _make_once(place, make)
+    _make_once(subject, place, make)
     change = load_file(path)
     name, what = {"esd-x": ("ESD-x", "cross-attention"), "esd-u": ("ESD-u", "all but cross-attention")}[layers]
     method = Method(
@@ -296,7 +296,9 @@ def _full_esd(subject: Subject, *, layers: Literal["esd-x", "esd-u"]) -> Way:
         about=f"the authors' way: whole weights, {what}, a fresh trajectory for every step",
         cost=_cost(place, size=path.stat().st_size),
     )
-    return Way(method, TRAINED, partial(_changed, subject.base, change), beside=place.name)
+    return Way(
+        method, TRAINED, partial(_changed, subject.base, change), beside=hashlib.sha256(path.read_bytes()).hexdigest()
+    )
 
 
 def _leco(subject: Subject) -> Way:
@@ -309,7 +311,7 @@ def _leco(subject: Subject) -> Way:
 def _uce(subject: Subject) -> Way:
     recipe = Recipe(base=subject.base.name, concepts=(subject.concept,), objective="closed-form", eta=0.0)
     method = Method(name="UCE", role="baseline", about="Unified Concept Editing: cross-attention k and v, solved for")
-    return _trained(subject, method, "uce", partial(train, recipe))
+    return _trained(subject, method, f"uce {recipe.model_dump_json(by_alias=True)}", partial(train, recipe))
 
 
 BASELINES: Mapping[str, Callable[[Subject], Way]] = {
@@ -361,11 +363,11 @@ def _trained(subject: Subject, method: Method, name: str, make: Callable[[Base],
     """The way of a patch that is trained now, or was."""
     place = subject.place(name)
 
-    def trained() -> Made:
-        made = make(subject.trainer)
+    def trained(base: Base) -> Made:
+        made = make(base)
         return made.info["cost"]["forward_passes"], lambda: made.save(place)
 
-    _make_once(place, trained)
+    _make_once(subject, place, trained)
     patch = load_patch(place)
     told = method.model_copy(update={"cost": _cost(place, size=patch.nbytes)})
     return Way(told, TRAINED, partial(_with_patch, subject.base, patch))
@@ -389,12 +391,12 @@ Made = tuple[int, Callable[[], object]]
 """The passes that something took, and what writes it."""
 
 
-def _make_once(place: Path, make: Callable[[], Made]) -> None:
+def _make_once(subject: Subject, place: Path, make: Callable[[Base], Made]) -> None:
     """What is made is in the place afterwards, beside its cost, which is written last and tells that nothing is missing."""
     if processes.agreed(lambda: (place / COST).is_file()):
         return
-    started = time.perf_counter()
-    passes, write = make()
+    base, started = subject.trainer, time.perf_counter()
+    passes, write = make(base)
     seconds = round(time.perf_counter() - started, 3)
 
     def keep() -> None:
