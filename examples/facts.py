@@ -11,6 +11,7 @@ was not measured is said to be so.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -74,8 +75,8 @@ Told = tuple[Verdict, str]
 SAID: Mapping[Verdict, str] = {True: "holds", False: "does not hold", None: "not shown: intervals overlap"}
 
 
-def share(rows: Sequence[Mapping[str, Any]], rate: str, **where: object) -> float:
-    """Hits over pictures of all rows that are so.
+def share(rows: Sequence[Mapping[str, Any]], rate: str, *, of: int = 0, **where: object) -> float:
+    """Hits over pictures of all rows that are so; with `of` 1, the base's hits.
 
     Raises:
         LookupError: There are none.
@@ -83,7 +84,7 @@ def share(rows: Sequence[Mapping[str, Any]], rate: str, **where: object) -> floa
     some = [r["counts"][rate] for r in rows if all(r[k] == v for k, v in where.items()) and rate in r["counts"]]
     if not some:
         raise LookupError(rate)
-    return sum(c[0] for c in some) / sum(c[2] for c in some)
+    return sum(c[of] for c in some) / sum(c[2] for c in some)
 
 
 def more(a: Rate, b: Rate) -> Verdict:
@@ -132,18 +133,21 @@ def presets(found: Measured) -> Told:
         )
         for k in (1, 2, 3, 4)
     ]
-    holds = rates == sorted(rates, key=lambda r: r[0]) and rates == sorted(rates, key=lambda r: -r[1])
+    holds = all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(rates))
     return holds, ", ".join(f"UA {100 * ua:.1f} kept {100 * kept:.1f}" for ua, kept in rates)
 
 
 def completed(found: Measured) -> Told:
-    """F5 (a hypothesis of ours, from the avoidance and destruction of Lu et al. 2025, arXiv:2505.17013)."""
+    """F5 (a hypothesis of ours, from the avoidance and destruction of Lu et al. 2025, arXiv:2505.17013): at some step."""
     pairs = [(name, back, c["gold base"]) for name, back, c in found.attacks("completion") if "gold base" in c]
     if not pairs:
         raise LookupError("completion")
     said = [f"{name} {100 * back.value:.0f}, gold {100 * gold.value:.0f}" for name, back, gold in pairs]
-    verdicts = {more(back, gold) for _, back, gold in pairs}
-    return next(v for v in (True, None, False) if v in verdicts), "; ".join(said)
+    of_target: dict[str, set[Verdict]] = {}
+    for name, back, gold in pairs:
+        of_target.setdefault(name.split(",")[0], set()).add(more(back, gold))
+    best = [next(v for v in (True, None, False) if v in verdicts) for verdicts in of_target.values()]
+    return every(best), "; ".join(said)
 
 
 def one_after_another(found: Measured) -> Told:
@@ -173,9 +177,12 @@ def resurged(found: Measured) -> Told:
 
 
 def neighbours(found: Measured) -> Told:
-    """F8 (Amara et al. 2025, EraseBench)."""
-    near, far = (share(found.benchmark, group, kind="object", **ESD) for group in ("near", "far"))
-    return near < far, f"neighbours {100 * near:.1f}, others {100 * far:.1f}"
+    """F8 (Amara et al. 2025, EraseBench): of the targets that have neighbours, beside the base's own rates."""
+    rows = [row for row in found.benchmark if "near" in row["counts"]]
+    near, far = (share(rows, group, kind="object", **ESD) for group in ("near", "far"))
+    near_base, far_base = (share(rows, group, of=1, kind="object", **ESD) for group in ("near", "far"))
+    said = f"neighbours {100 * near:.1f} of the base's {100 * near_base:.1f}, others {100 * far:.1f} of {100 * far_base:.1f}"
+    return near / near_base < far / far_base, said
 
 
 FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
