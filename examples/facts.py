@@ -24,6 +24,10 @@ import stacking
 from esd_lora.evaluate.rates import Rate, rate
 
 
+class NotMeasured(Exception):
+    """What a fact is about was not measured."""
+
+
 class Measured:
     """What is in the folder; what is not there is empty."""
 
@@ -79,11 +83,11 @@ def share(rows: Sequence[Mapping[str, Any]], rate: str, *, of: int = 0, **where:
     """Hits over pictures of all rows that are so; with `of` 1, the base's hits.
 
     Raises:
-        LookupError: There are none.
+        NotMeasured: There are none.
     """
     some = [r["counts"][rate] for r in rows if all(r[k] == v for k, v in where.items()) and rate in r["counts"]]
     if not some:
-        raise LookupError(rate)
+        raise NotMeasured(rate)
     return sum(c[of] for c in some) / sum(c[2] for c in some)
 
 
@@ -115,7 +119,7 @@ def by_inversion(found: Measured, *, guards: bool) -> Told:
     """Whether inversion finds each concept more often than its name, over patches or over guards; the figures."""
     rows = [row for row in found.frontier if (row["way"] in frontier.GUARDS) == guards]
     if not rows:
-        raise LookupError("frontier")
+        raise NotMeasured("frontier")
     rates = [[Rate(**row[how]) for how in frontier.HOW] for row in rows]
     said = [
         f"{row['way']}, {row['concept']} {100 * name.value:.0f} → {100 * inverted.value:.0f}"
@@ -141,7 +145,7 @@ def completed(found: Measured) -> Told:
     """F5 (a hypothesis of ours, from the avoidance and destruction of Lu et al. 2025, arXiv:2505.17013): at some step."""
     pairs = [(name, back, c["gold base"]) for name, back, c in found.attacks("completion") if "gold base" in c]
     if not pairs:
-        raise LookupError("completion")
+        raise NotMeasured("completion")
     said = [f"{name} {100 * back.value:.0f}, gold {100 * gold.value:.0f}" for name, back, gold in pairs]
     of_target: dict[str, set[Verdict]] = {}
     for name, back, gold in pairs:
@@ -152,13 +156,13 @@ def completed(found: Measured) -> Told:
 
 def one_after_another(found: Measured) -> Told:
     """F6: of patches trained one after another, few and many."""
-    rows = stacking.by_way([r for r in found.stacking if r["way"] == "sequential"])["sequential"]
+    rows = stacking.by_way(found.stacking).get("sequential", {})
     several = sorted(k for k in rows if k > 1)
     if len(several) < 2:
-        raise LookupError("sequential")
+        raise NotMeasured("sequential")
     few, many = rows[several[0]], rows[several[-1]]
     (left, kept), (left_many, kept_many) = (
-        [stacking.rate_of(stacking.seen(some, group)) for group in ("erased", "objects")] for some in (few, many)
+        [stacking.rate_of(some, group) for group in ("erased", "objects")] for some in (few, many)
     )
     said = [
         f"{r[0]['k']} patches: left {a.interval()}, kept {b.interval()}"
@@ -171,7 +175,7 @@ def resurged(found: Measured) -> Told:
     """F7 (Suriyakumar et al. 2024, arXiv:2410.08074)."""
     some = [(name, back, controls["seed search"]) for name, back, controls in found.attacks("benign relearning")]
     if not some:
-        raise LookupError("relearning")
+        raise NotMeasured("relearning")
     said = [f"{name.split(',')[0]} {100 * before.value:.0f} → {100 * back.value:.0f}" for name, back, before in some]
     return every(more(back, before) for _, back, before in some), "; ".join(said)
 
@@ -207,7 +211,7 @@ def lines_of(found: Measured) -> Iterator[str]:
     for fact, ask in FACTS:
         try:
             verdict, figures = ask(found)
-        except LookupError:
+        except NotMeasured:
             yield f"| {fact} | not measured | |"
         else:
             yield f"| {fact} | {SAID[verdict]} | {figures} |"

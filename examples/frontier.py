@@ -4,9 +4,10 @@
 
 Concept inversion (Pham et al. 2024, arXiv:2308.01508), by `esd_lora.evaluate.attacks`: the attacker holds the erased model
 and 48 pictures of the concept, trains four soft words for 250 steps until that model denoises the pictures with them, and
-then draws four prompts from 16 seeds never used. The unerased base is the ceiling. What is attacked is one patch of the
-concept, or the first eight of `examples/stacking.py`, whose folder, patches and answers this script shares; its own are in
-`frontier.json`. It goes on where it stopped, prints a table and draws `frontier.png`.
+then draws four prompts from 16 seeds never used. The unerased base is the ceiling. What is attacked is one patch of the concept,
+or the first eight of `examples/stacking.py`, whose folder, patches and answers this script shares; its own are in
+`frontier.json`. It goes on where it stopped, prints a table and draws `frontier.png`. Intervals are of the 64 pictures: how far
+another attack would come, from another start, is not in them.
 """
 
 from __future__ import annotations
@@ -110,8 +111,10 @@ def main() -> None:
     if missing := [c for c in args.concepts if c not in eight]:
         parser.error(f"--concepts: {missing[0]} is not among the eight patches, {', '.join(eight)}")
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    with_what = load_base("emoji").fingerprint, evaluator.digest, SHOWN, PROMPTS, SEEDS, eight
     for k, way, concept in track(list(itertools.product(args.k, args.ways, args.concepts))):
-        if (k, way, concept) in {(row["k"], row["way"], row["concept"]) for row in rows} or (k > 1 and way in GUARDS):
+        digest = stacking.digest_of(*with_what, k, way, stacking.FIELDS.get(way), concept)
+        if digest in {row["digest"] for row in rows} or (k > 1 and way in GUARDS):
             continue
         patches: list[Patch] = []
         guard: Guard = nullcontext
@@ -122,7 +125,9 @@ def main() -> None:
             get, together = stacking.ways_of(load_base("emoji"), erased, 0, args.out / "patches")[way]
             patches = [together(made)] if (made := get()) else []
         rates = found(concept, patches, guard, evaluator)
-        rows.append({"way": way, "k": k, "concept": concept, **{how: vars(r) for how, r in rates.items()}})
+        place = {"k": k, "way": way, "concept": concept}
+        rows = [row for row in rows if not place.items() <= row.items()]  # one of what has changed since
+        rows.append({**place, "digest": digest, **{how: vars(r) for how, r in rates.items()}})
         stacking.write_rows(path, rows)
     answers = args.out / "stacking.json"
     kept = kept_of(json.loads(answers.read_text())) if answers.exists() else {}
@@ -133,10 +138,9 @@ def main() -> None:
 def kept_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Rate]:
     """How many objects are kept under eight patches, by the way."""
     eight = [row for row in answers if row["k"] == 8 and row["weight"] == 1]
-    return {
-        way: stacking.rate_of(stacking.seen([row for row in eight if row["way"] == way], "objects"))
-        for way in dict.fromkeys(row["way"] for row in eight)
-    }
+    ways = dict.fromkeys(row["way"] for row in eight)
+    rates = {way: stacking.rate_of([row for row in eight if row["way"] == way], "objects") for way in ways}
+    return {way: kept for way, kept in rates.items() if kept}
 
 
 def table(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate]) -> None:

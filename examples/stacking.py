@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from esd_lora.closed_form import edit, edit_moments, patch_tensors
 from esd_lora.compose import stack
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES
-from esd_lora.evaluate.rates import Rate, rate
+from esd_lora.evaluate.rates import Rate, cluster_bootstrap, rate
 from esd_lora.evaluate.scores import FIRST_SEED, Cell, draw
 from esd_lora.fusing import fuse
 from esd_lora.keys import generalised_keys, mean_moment, named_words, prompts_of, words_of
@@ -83,6 +83,8 @@ MADE_WITH: Mapping[str, dict[str, Any]] = {
 }
 """Keyed patches that are made with another ridge, or other constants of `esd_lora.keys`."""
 
+FIELDS = {**KINDS, **MADE_WITH}
+
 LEFT_OUT = tuple(OBJECTS)[::2]
 """Objects that the kind "words left out" does not know of."""
 
@@ -97,6 +99,11 @@ def named_as(concept: str) -> dict[str, Any]:
 def first_of(run: int, k: int) -> list[str]:
     """The first k concepts in the order of a run."""
     return random.Random(run).sample(POOL, k=len(POOL))[:k]
+
+
+def digest_of(*parts: object) -> str:
+    """A name of what something was measured with."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -223,7 +230,7 @@ CURVES = (
 OTHERS = (
     "words left out",
     "keyed and fused",
-    *(k for k in (*KINDS, *MADE_WITH) if k not in CURVES),
+    *(k for k in FIELDS if k not in CURVES),
     *(f"fused {k}" for k in FUSED[1:]),
 )
 WAYS = (*CURVES, *OTHERS)
@@ -288,34 +295,49 @@ def main() -> None:
     for way, k, run, weight in track(list(itertools.product(args.ways, args.k, range(args.runs), args.weights))):
         order = first_of(run, k)
         rows = list(cells_of(order, count=count, salt=1000 * k + run))
-        asked = repr((quick.fingerprint, evaluator.digest, way, KINDS.get(way), order, run, weight, rows))
-        digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        pictures = digest_of(quick.fingerprint, evaluator.digest, rows)
+        digest = digest_of(pictures, way, FIELDS.get(way), order, run, weight)
         if digest in {row["digest"] for row in found}:
             continue
         trained, together = ways_of(base, order, run, args.out / "patches")[way]
         patches = trained()
         active = [stack([together(patches)], [weight])] if patches else []
-        drawn = {"k": k, "run": run, "patch": active[0].digest if active else ""}
+        drawn = {"pictures": pictures, "patch": active[0].digest if active else ""}
         # of one concept some ways give the same patch, and its pictures are drawn once
         same = next((row for row in found if drawn.items() <= row.items()), None)
         answers = same["answers"] if same else judge(quick, evaluator, order, rows, active)
-        row = {"way": way, "weight": weight, **drawn, "digest": digest, "erased": order, "answers": answers}
-        found.append(row)
+        place = {"way": way, "k": k, "run": run, "weight": weight}
+        found = [row for row in found if not place.items() <= row.items()]  # one of what has changed since
+        found.append({**place, **drawn, "digest": digest, "erased": order, "answers": answers})
         write_rows(path, found)
     write_file(args.out / "stacking.md", page(found).encode())
     plot([row for row in found if row["weight"] == 1 and row["way"] in CURVES], args.out / "stacking.png")
     print(args.out / "stacking.md")
 
 
-def rate_of(counts: Iterable[tuple[int, int]]) -> Rate:
-    """The rate over several names."""
-    hits, n = map(sum, zip(*counts, strict=True))
-    return rate([i < hits for i in range(n)])
+def rate_of(found: Sequence[Mapping[str, Any]], group: str, *, only: Collection[str] = ()) -> Rate | None:
+    """How often what was asked for was seen, over several rows; of some names only if any are given, None if there are none.
+
+    The interval is Wilson's, or where that is wider that of drawing orders anew, and names within each: orders differ by more
+    than pictures do. Of three orders that is too narrow still.
+    """
+    hits: list[bool] = []
+    clusters: list[tuple[int, str]] = []
+    for row in found:
+        for name, (hit, n) in row["answers"][group].items():
+            if not only or name in only:
+                hits += [i < hit for i in range(n)]
+                clusters += [(row["run"], name)] * n
+    if not hits:
+        return None
+    (low, high), plain = cluster_bootstrap(hits, clusters), rate(hits)
+    return Rate(plain.value, plain.n, min(low, plain.low), max(high, plain.high))
 
 
-def seen(found: Sequence[Mapping[str, Any]], group: str, *, only: Collection[str] = ()) -> list[tuple[int, int]]:
-    """How often what was asked for was seen, over several rows; of some names only if any are given."""
-    return [count for row in found for name, count in row["answers"][group].items() if not only or name in only]
+def interval_of(found: Sequence[Mapping[str, Any]], group: str, *, only: Collection[str] = ()) -> str:
+    """The rate in per cent with its interval; empty where there is none."""
+    seen = rate_of(found, group, only=only)
+    return seen.interval() if seen else ""
 
 
 def by_way(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Mapping[str, Any]]]]:
@@ -332,6 +354,16 @@ def by_way(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Mappi
     return {named[key]: {k: there for k, there in by_k.items() if there} for key, by_k in rows.items()}
 
 
+def near_ones(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How often kept objects and styles were seen that are like an erased one, in each row its own."""
+    near = []
+    for row in rows:
+        names = {near for concept in row["erased"] for near in NEIGHBOURS.get(concept, ())}
+        kept = {**row["answers"]["objects"], **row["answers"]["styles"]}
+        near.append({**row, "answers": {"near": {name: count for name, count in kept.items() if name in names}}})
+    return interval_of(near, "near")
+
+
 def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown: the rates with 95 % intervals, those of neighbours of erased concepts apart."""
     lines = [
@@ -340,24 +372,18 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for way, by_k in by_way(found).items():
         for k, rows in by_k.items():
-            near = [
-                count
-                for row in rows
-                for group in ("objects", "styles")
-                for count in seen([row], group, only={n for e in row["erased"] for n in NEIGHBOURS.get(e, ())} or {""})
-            ]
-            groups = [seen(rows, group) for group in ("erased", "objects", "styles")]
-            shown = [rate_of(counts).interval() if counts else "" for counts in (*groups, near)]
-            lines.append(f"| {way} | {k} | {sum(n for _, n in groups[0])} | {' | '.join(shown)} |")
+            n = sum(n for row in rows for _, n in row["answers"]["erased"].values())
+            shown = [interval_of(rows, group) for group in ("erased", "objects", "styles")]
+            lines.append(f"| {way} | {k} | {n} | {' | '.join(shown)} | {near_ones(rows)} |")
     return lines
 
 
 HEAD = """# Patches put together
 
-By `python examples/stacking.py`, of [stacking.json](stacking.json). Per cent with 95 % Wilson intervals. k: patches together;
-n: pictures that ask for an erased concept, of one order of the concepts and one training seed where there are 134, of three
-where there are 402. As many ask for nothing that is erased; *neighbours kept* are those of them that ask for what is like an
-erased concept.
+By `python examples/stacking.py`, of [stacking.json](stacking.json). Per cent with 95 % intervals: Wilson's or, where these are
+wider, of drawing orders of the concepts anew, and names within each (of three orders too narrow still). k: patches together;
+n: pictures that ask for an erased concept, of one order and one training seed where there are 134, of three where there are
+402. As many ask for nothing that is erased; *neighbours kept* are those of them that ask for what is like an erased concept.
 """
 
 
@@ -373,13 +399,12 @@ def page(found: Sequence[Mapping[str, Any]]) -> str:
     for title, rows in parts.items():
         lines += [f"## {title}", "", *table(rows), ""]
     for k, rows in by_way(found).get("words left out", {}).items():
-        out, known = (rate_of(seen(rows, "objects", only=only)) for only in (LEFT_OUT, set(OBJECTS) - set(LEFT_OUT)))
-        lines += [f"Words left out, k = {k}: {out.interval()} of those kept, {known.interval()} of the others.", ""]
+        out, known = (interval_of(rows, "objects", only=only) for only in (LEFT_OUT, set(OBJECTS) - set(LEFT_OUT)))
+        lines += [f"Words left out, k = {k}: {out} of those kept, {known} of the others.", ""]
     lines += ["What a recipe has besides concept and synonyms, or which constants of `esd_lora.keys` are others:", ""]
     told = {row["way"] for row in found}
-    for way in (w for w in (*KINDS, *MADE_WITH) if w in told):
-        fields = {**KINDS, **MADE_WITH}[way]
-        lines.append(f"* *{way}*: {', '.join(f'{k} {v}' for k, v in fields.items()) or 'the defaults'}")
+    for way in (w for w in FIELDS if w in told):
+        lines.append(f"* *{way}*: {', '.join(f'{k} {v}' for k, v in FIELDS[way].items()) or 'the defaults'}")
     return "\n".join([*lines, ""])
 
 
@@ -389,7 +414,7 @@ def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     titles = {"erased": "erased concepts still drawn", "objects": "kept objects", "styles": "kept styles"}
     for axes, (group, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for way, by_k in by_way(found).items():
-            rates = [rate_of(seen(rows, group)) for rows in by_k.values()]
+            rates = [rate_of(rows, group) for rows in by_k.values()]
             errors = [[r.value - r.low for r in rates], [r.high - r.value for r in rates]]
             style: dict[str, Any] = {"color": "black", "linestyle": ":"} if way == "base" else {}
             style |= {"linewidth": 3} if way == "keyed" else {}
