@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,11 @@ class Stopwatch:
         self.device = device
         self._started = time.perf_counter()
         self._spans: dict[str, list[tuple[Any, Any]]] = {}
+        self._earlier: Mapping[str, float] = {}
+
+    def go_on(self, earlier: Mapping[str, float]) -> None:
+        """Count what a watch told of earlier parts of the same work, too."""
+        self._earlier = earlier
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -42,8 +47,10 @@ class Stopwatch:
         """Seconds of each stage, in the order of their first use; `other` is the rest of the whole, the last, `total`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        stages = {name: sum(self._between(*span) for span in spans) for name, spans in self._spans.items()}
-        total = time.perf_counter() - self._started
+        stages = {name: self._earlier[name] for name in self._earlier if name not in ("other", "total")}
+        for name, spans in self._spans.items():
+            stages[name] = stages.get(name, 0.0) + sum(self._between(*span) for span in spans)
+        total = time.perf_counter() - self._started + self._earlier.get("total", 0.0)
         return {**stages, "other": max(0.0, total - sum(stages.values())), "total": total}
 
     def _between(self, start: Any, end: Any) -> float:

@@ -465,6 +465,7 @@ def _save(run: Run) -> None:
             "scaler": scaler,
             "recipe": run.recipe.to_dict(),
             "fingerprint": run.base.fingerprint,
+            "seconds": run.watch.seconds(),
         },
     )
     with run.watch.stage("checkpoints"):
@@ -501,6 +502,7 @@ def _restore(run: Run, checkpoints: Checkpoints) -> None:
         run.conditions = Condition.cat([run.conditions, Condition(part("found"))])
     run.losses.copy_(tensors["losses"])
     run.step, run.passes = state["step"], state["passes"]
+    run.watch.go_on(state.get("seconds", {}))  # earlier versions did not tell
 
 
 def _provenance(recipe: Recipe, base: Base, *, passes: int = 0, losses: Tensor | None = None) -> dict[str, Any]:
@@ -526,8 +528,9 @@ def _csv(losses: Tensor) -> bytes:
 
 
 def _cost(watch: Stopwatch) -> bytes:
-    """What the run, or its last part where it was resumed, cost on this machine, as YAML: seconds by stage, and memory.
+    """What the run cost on this machine, as YAML: seconds by stage, and memory.
 
+    Of a run that was resumed, the seconds are those of all its parts, each up to the checkpoint that the next went on from.
     `over_floor` is the whole over the student's forward and backward passes, which nothing can do without.
     """
     seconds = watch.seconds()

@@ -382,8 +382,9 @@ HEAD = """# Patches put together
 
 By `python examples/stacking.py`, of [stacking.json](stacking.json). Per cent with 95 % intervals: Wilson's or, where these are
 wider, of drawing orders of the concepts anew, and names within each (of three orders too narrow still). k: patches together;
-n: pictures that ask for an erased concept, of one order and one training seed where there are 134, of three where there are
-402. As many ask for nothing that is erased; *neighbours kept* are those of them that ask for what is like an erased concept.
+n: pictures that ask for an erased concept, of one order and one training seed where there are 134 or 400, of three where
+there are 402. As many ask for nothing that is erased; *neighbours kept* are those of them that ask for what is like an erased
+concept.
 """
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ from esd_lora.compose import attach
 from esd_lora.errors import BaseModelError, OutputError, RecipeError, TrainingError
 from esd_lora.patch import FILE_NAME, Patch, load_patch
 from esd_lora.recipe import Recipe, load_recipe
-from esd_lora.training import train
+from esd_lora.training import read_cost, train
 from esd_lora.trajectories import Question, questions_of, record
 
 FINISHED = ["loss.csv", FILE_NAME, "recipe.yaml", "run.yaml"]
@@ -345,6 +346,19 @@ def test_a_run_that_broke_goes_on_from_its_last_checkpoint(base: Base, recipe_of
         train(recipe, base, out=tmp_path / "run", on_step=break_at(5))
     assert names_in(tmp_path / "run") == [checkpoint(4), checkpoint(5), "recipe.yaml"]  # the last two are kept
     assert same(train(recipe, base, out=tmp_path / "run", resume=True).tensors, train(recipe, base).tensors)
+
+
+def test_a_resumed_run_tells_the_seconds_of_all_its_parts(base: Base, recipe_of: RecipeOf, tmp_path: Path) -> None:
+    recipe, out = recipe_of(checkpoint_every=1), tmp_path / "run"
+    with pytest.raises(ZeroDivisionError):
+        train(recipe, base, out=out, on_step=break_at(5))
+    first = Checkpoints(out).load().state["seconds"]
+    started = time.perf_counter()
+    train(recipe, base, out=out, resume=True)
+    rest, told = time.perf_counter() - started, read_cost(out)["seconds"]
+    assert first["total"] < told["total"] <= first["total"] + rest + 1e-3  # which are told to the millisecond
+    assert told["trajectories"] >= first["trajectories"] - 1e-3  # recorded in the first part alone
+    assert sum(v for k, v in told.items() if k != "total") == pytest.approx(told["total"], abs=0.01)
 
 
 def test_a_run_that_broke_off_before_its_first_checkpoint_starts_again(
