@@ -12,9 +12,11 @@ where it stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def kept_and_erased(concept: str, patch: Patch | None, evaluator: Evaluator) -> 
     cells = answer_set(concept, target_seeds=TARGET_SEEDS, kept_seeds=KEPT_SEEDS)
     judged = evaluator.judge(draw(load_base("emoji"), cells, [patch] if patch else []))
     found = score(concept, cells, judged, judged, evaluator)
-    return {"UA": found.ua, "IRA": found.ira, "CRA": found.cra}
+    return {name: replace(r, base=None) for name, r in (("UA", found.ua), ("IRA", found.ira), ("CRA", found.cra))}
 
 
 def by_inversion(concept: str, patch: Patch | None, evaluator: Evaluator) -> Rate:
@@ -85,7 +87,13 @@ def measured(concept: str, name: str, seed: int, evaluator: Evaluator) -> dict[s
     rates = kept_and_erased(concept, patch, evaluator)
     rates["by inversion"] = by_inversion(concept, patch, evaluator)
     passes = patch.info["cost"]["forward_passes"] if patch else 0
-    return {"patch": name, "seed": seed, "passes": passes, "seconds": seconds, **{k: vars(r) for k, r in rates.items()}}
+    return {"passes": passes, "seconds": seconds, **{k: vars(r) for k, r in rates.items()}}
+
+
+def digest_of(name: str, evaluator: Evaluator) -> str:
+    """A name of what a row is measured with."""
+    parts = (load_base("emoji").fingerprint, evaluator.digest, PATCHES[name], TARGET_SEEDS, KEPT_SEEDS, SHOWN, DRAWN)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def line_of(row: Mapping[str, Any]) -> str:
@@ -106,12 +114,13 @@ def main() -> None:
     print("| patch | seed | UA | IRA | CRA | by inversion | passes | seconds |\n|---|---|---|---|---|---|---|---|")
     for name in args.patches:
         for seed in args.seeds:
-            known = [r for r in rows if (r["patch"], r["seed"]) == (name, seed)]
-            if not known:
-                known = [measured(args.concept, name, seed, evaluator)]
-                rows += known
+            asked = {"patch": name, "seed": seed, "with": digest_of(name, evaluator)}
+            row = next((r for r in rows if asked.items() <= r.items()), None)
+            if not row:
+                row = asked | measured(args.concept, name, seed, evaluator)
+                rows = [r for r in rows if (r["patch"], r["seed"]) != (name, seed)] + [row]
                 write_file(path, json.dumps(rows, indent=1).encode())
-            print(line_of(known[0]), flush=True)
+            print(line_of(row), flush=True)
 
 
 if __name__ == "__main__":
