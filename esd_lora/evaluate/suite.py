@@ -2,8 +2,8 @@
 
     Erasure ─► Plan ─ on the erased model, the unerased one, gold ─► page.Attack ─► attacks.json
 
-An attack is measured by prompts and seeds that it was not trained on, and stands beside controls of the same prompts and
-seeds:
+An attack is measured by prompts and seeds that it was not trained on (but for the prefix search, whose words are for a prompt
+and a seed each), and stands beside controls of the same prompts and seeds:
 
     seed search      floor: no attack, as many pictures
     random words     floor: words at random where the attack has words of its own
