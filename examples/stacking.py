@@ -354,6 +354,14 @@ def by_way(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Mappi
     return {named[key]: {k: there for k, there in by_k.items() if there} for key, by_k in rows.items()}
 
 
+def most_left(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The erased concept that is left most often, and how often in per cent; nothing where none is left."""
+    names = dict.fromkeys(name for row in rows for name in row["answers"]["erased"])
+    left = {name: seen.value for name in names if (seen := rate_of(rows, "erased", only=[name]))}
+    most = max(left, key=lambda name: left[name])
+    return f"{most} {100 * left[most]:.1f}" if left[most] else ""
+
+
 def near_ones(rows: Sequence[Mapping[str, Any]]) -> str:
     """How often kept objects and styles were seen that are like an erased one, in each row its own."""
     near = []
@@ -367,14 +375,14 @@ def near_ones(rows: Sequence[Mapping[str, Any]]) -> str:
 def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown: the rates with 95 % intervals, those of neighbours of erased concepts apart."""
     lines = [
-        "| way | k | n | erased concepts left | kept objects | kept styles | neighbours kept |",
-        "|---|---|---|---|---|---|---|",
+        "| way | k | n | erased concepts left | most of one | kept objects | kept styles | neighbours kept |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for way, by_k in by_way(found).items():
         for k, rows in by_k.items():
             n = sum(n for row in rows for _, n in row["answers"]["erased"].values())
-            shown = [interval_of(rows, group) for group in ("erased", "objects", "styles")]
-            lines.append(f"| {way} | {k} | {n} | {' | '.join(shown)} | {near_ones(rows)} |")
+            left, *kept = (interval_of(rows, group) for group in ("erased", "objects", "styles"))
+            lines.append(f"| {way} | {k} | {n} | {left} | {most_left(rows)} | {' | '.join(kept)} | {near_ones(rows)} |")
     return lines
 
 
@@ -383,8 +391,8 @@ HEAD = """# Patches put together
 By `python examples/stacking.py`, of [stacking.json](stacking.json). Per cent with 95 % intervals: Wilson's or, where these are
 wider, of drawing orders of the concepts anew, and names within each (of three orders too narrow still). k: patches together;
 n: pictures that ask for an erased concept, of one order and one training seed where there are 134 or 400, of three where
-there are 402. As many ask for nothing that is erased; *neighbours kept* are those of them that ask for what is like an erased
-concept.
+there are 402; *most of one*: the erased concept that is left most often. As many ask for nothing that is erased; *neighbours
+kept* are those of them that ask for what is like an erased concept.
 """
 
 

@@ -137,7 +137,8 @@ def test_the_page_of_what_was_put_together_has_every_row_once(script: Callable[[
         ("| keyed", "8", "20"),
         ("| keyed, rank 4", "16", "10"),
     ]
-    rates = [float(cell.split(" ")[0]) for cell in found[0][3:]]
+    assert found[0][4] == "cat 10.0"
+    rates = [float(cell.split(" ")[0]) for cell in (found[0][3], *found[0][5:])]
     assert rates == [10, 95, 80, 90]  # erased left, objects, styles, the tiger
 
 
