@@ -178,15 +178,12 @@ CONTROLS = ("base", "null", "random", "scrambling")
 
 def best_of(rows: Rows, kind: str) -> dict[str, tuple[str, list[Mapping[str, Any]]]]:
     """Of every method the strength that keeps most, among those that erase enough; its label and rows."""
-    found: dict[str, tuple[str, list[Mapping[str, Any]]]] = {}
+    enough: dict[str, list[tuple[float, str, list[Mapping[str, Any]]]]] = {}
     for (method, label), some in settings(rows, kind).items():
         erased, kept = mean(some, "UA"), mean(some, "kept")
-        if not erased or not kept or erased.value < ERASED:
-            continue
-        before = mean(found[method][1], "kept") if method in found else None
-        if not before or kept.value > before.value:
-            found[method] = label, some
-    return found
+        if erased and kept and erased.value >= ERASED:
+            enough.setdefault(method, []).append((kept.value, label, some))
+    return {method: max(found, key=lambda one: one[0])[1:] for method, found in enough.items()}
 
 
 def matched(rows: Rows) -> list[str]:

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -356,10 +357,14 @@ def by_way(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, list[Mappi
 
 def most_left(rows: Sequence[Mapping[str, Any]]) -> str:
     """The erased concept that is left most often, and how often in per cent; nothing where none is left."""
-    names = dict.fromkeys(name for row in rows for name in row["answers"]["erased"])
-    left = {name: seen.value for name in names if (seen := rate_of(rows, "erased", only=[name]))}
-    most = max(left, key=lambda name: left[name])
-    return f"{most} {100 * left[most]:.1f}" if left[most] else ""
+    left: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for row in rows:
+        for name, (hits, n) in row["answers"]["erased"].items():
+            left[name] += hits
+            asked[name] += n
+    most = max(asked, key=lambda name: left[name] / asked[name])
+    return f"{most} {100 * left[most] / asked[most]:.1f}" if left[most] else ""
 
 
 def near_ones(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,6 +11,7 @@ import csv
 import difflib
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,13 @@ def target_of(answers: Answers, *, source: object) -> Target:
     if answers.target is None:
         raise RecipeError(f"{source}: names no target, such as `target: {{kind: object, label: church}}`")
     return answers.target
+
+
+def some_of(items: Sequence[T], n: int) -> Sequence[T]:
+    """At most n of them in their order, drawn once and for all: a stride might miss what recurs, such as styles."""
+    if len(items) <= n:
+        return items
+    return [items[i] for i in sorted(random.Random(0).sample(range(len(items)), n))]
 
 
 def digest(asks: Iterable[Ask]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -35,6 +34,7 @@ from esd_lora.evaluate.answers import (
     emoji_answers,
     picture_names,
     read_answers,
+    some_of,
     target_of,
 )
 from esd_lora.evaluate.drift import Features, denoise_gap, drift, feature_maps, kid, latents_of, pixel_drift, pooled
@@ -364,20 +364,13 @@ def shown_places(ways: Sequence[Way]) -> list[Place]:
 def spread(asks: Sequence[Ask], n: int) -> list[Ask]:
     """About n of the answers: a quarter of them asks for the target, and the rest for something else."""
     target, kept = (side for _, side in _sides(asks, len(asks)))
-    return [*_some(target, n // 4), *_some(kept, n - n // 4)]
+    return [*some_of(target, n // 4), *some_of(kept, n - n // 4)]
 
 
 def _sides(asks: Sequence[Ask], n: int) -> list[tuple[str, Sequence[Ask]]]:
     """At most n answers that ask for the target, and as many that do not, with what each are called."""
     target, kept = [a for a in asks if a.group == "target"], [a for a in asks if a.group != "target"]
-    return [("the target's", _some(target, n)), ("other", _some(kept, n))]
-
-
-def _some(asks: Sequence[Ask], n: int) -> Sequence[Ask]:
-    """At most n of the answers in their order, drawn once and for all: a stride might miss what recurs, such as styles."""
-    if len(asks) <= n:
-        return asks
-    return [asks[i] for i in sorted(random.Random(0).sample(range(len(asks)), n))]
+    return [("the target's", some_of(target, n)), ("other", some_of(kept, n))]
 
 
 def _asks_of(way: Way, asks: Sequence[Ask]) -> Sequence[Ask]:
@@ -456,7 +449,7 @@ def _rows(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.Image
 def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers:
     """The drift of the base from itself: in batches of another size, and from other noise."""
     base, folder = comparison.base, comparison.folder / "pictures"
-    asks = _some([a for a in comparison.answers.asks if a.group != "target"], RULED)
+    asks = some_of([a for a in comparison.answers.asks if a.group != "target"], RULED)
     how: dict[str, Any] = vars(comparison.sampling)
     again = draw_answers(base, asks, folder / "again", batch_size=5, **how)
     other = draw_answers(base, [replace(a, seed=a.seed ^ OTHER) for a in asks], folder, **how)
@@ -467,7 +460,7 @@ def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers
 def _distances(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.Image]) -> list[Measure]:
     """KID of the pictures that do not ask for the target beside the base's; none of fewer than three, or without features."""
     after = dict(zip(drawn.asks, drawn.pictures, strict=True))
-    kept = _some([a for a in drawn.asks if a.group != "target"], PAIRED)
+    kept = some_of([a for a in drawn.asks if a.group != "target"], PAIRED)
     if comparison.space is None or len(kept) < 3:
         return []
     name, features = comparison.space

@@ -33,7 +33,7 @@ from esd_lora.compose import attached, check_fits, stack
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, article
 from esd_lora.errors import BaseModelError, OutputError, RecipeError, TrainingError
 from esd_lora.evaluate import attacks, page
-from esd_lora.evaluate.answers import Answers, Target, digest, target_of
+from esd_lora.evaluate.answers import Answers, Target, digest, some_of, target_of
 from esd_lora.evaluate.attacks import BLANK, INVERT, RELEARN, Attack, Drawing, Examples, Sees, Stop, Training
 from esd_lora.evaluate.baselines import emoji_filter
 from esd_lora.evaluate.comparing import Sampling, judge_of, questions
@@ -200,9 +200,9 @@ class Erasure:
         return self._spread([a.blank if blank else a.prompt for a in self.asked_for(purpose)], purpose)
 
     def _spread(self, prompts: Sequence[str], purpose: Purpose) -> Drawing:
-        """Pictures of all the prompts in turn, or of some of them, drawn once and for all: a stride might miss what recurs."""
+        """Pictures of all the prompts in turn, or of as many of them as there are seeds."""
         seeds, b = self.seeds[purpose], self.budget
-        some = itertools.cycle(random.Random(0).sample(prompts, len(seeds)) if len(seeds) < len(prompts) else prompts)
+        some = itertools.cycle(some_of(prompts, len(seeds)))
         return Drawing([next(some) for _ in seeds], seeds, **vars(b.sampling), batch_size=b.batch_size)
 
     def unerased(self, drawing: Drawing) -> Pictures:

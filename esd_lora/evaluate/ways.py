@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from esd_lora import processes
@@ -288,17 +288,17 @@ def _full_esd(subject: Subject, *, layers: Literal["esd-x", "esd-u"]) -> Way:
         return found.passes, lambda: write_file(path, save({n: w.contiguous().cpu() for n, w in change.items()}))
 
     _make_once(subject, place, make)
-    change = load_file(path)
+    content = path.read_bytes()
+    change = load(content)
     name, what = {"esd-x": ("ESD-x", "cross-attention"), "esd-u": ("ESD-u", "all but cross-attention")}[layers]
     method = Method(
         name=f"{name}, fine-tuned",
         role="baseline",
         about=f"the authors' way: whole weights, {what}, a fresh trajectory for every step",
-        cost=_cost(place, size=path.stat().st_size),
+        cost=_cost(place, size=len(content)),
     )
-    return Way(
-        method, TRAINED, partial(_changed, subject.base, change), beside=hashlib.sha256(path.read_bytes()).hexdigest()
-    )
+    digest = hashlib.sha256(content).hexdigest()
+    return Way(method, TRAINED, partial(_changed, subject.base, change), beside=digest)
 
 
 def _leco(subject: Subject) -> Way:
