@@ -13,9 +13,11 @@ published is docs/benchmark.json: with a copy of it in the folder the script add
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from matplotlib.figure import Figure
 
 from esd_lora.bases import Base, load_base, quick_dtype
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES
-from esd_lora.evaluate.answers import Target, emoji_answers
+from esd_lora.evaluate.answers import Answers, Group, Target, emoji_answers, some_of
 from esd_lora.evaluate.comparing import Comparison, Sampling, compare
 from esd_lora.evaluate.evaluators import EmojiEvaluator
 from esd_lora.evaluate.page import Point, make_report, points_of, write_page
@@ -34,8 +36,9 @@ from esd_lora.patch import write_file
 from esd_lora.recipe import Concept, Recipe
 from esd_lora.training import read_cost, train
 
-TARGET_PICTURES = 60
-"""Of each target; of every other cell there is one."""
+PICTURES: Mapping[Group, int] = {"target": 30, "neighbour": 12, "unrelated": 36}
+"""Of each target at every strength: few, for intervals are over targets, which are many. Its neighbours, where it has any, are
+all or 12 of those that are kept, so that what happens to them can be told."""
 
 SAMPLING = Sampling(steps=10)
 
@@ -79,6 +82,7 @@ class Bench:
         return {
             **hashes,
             "sampling": asdict(SAMPLING),
+            "pictures": dict(PICTURES),
             "seeds": self.seeds,
             "ours": {k: dict(v) for k, v in OURS.items()},
         }
@@ -86,19 +90,26 @@ class Bench:
     def run(self, name: str, against: Sequence[str]) -> list[dict[str, Any]]:
         """The counts of every method at every strength for one target, whose report is written too."""
         kind, folder = "object" if name in OBJECTS else "style", self.out / name
-        cells = len(STYLES if kind == "object" else OBJECTS)
-        answers = emoji_answers(name, target_seeds=-(-TARGET_PICTURES // cells), kept_seeds=1)
         target = Target(kind=kind, label=name)
         concept = Concept(erase=name if kind == "object" else f"{name} style")
         subject = Subject(self.base, concept, target, folder / "methods", load=lambda: self.trainer)
         report = compare(
-            Comparison(self.base, answers, target, self.evaluator, folder, SAMPLING),
+            Comparison(self.base, answers_of(name), target, self.evaluator, folder, SAMPLING),
             list(ways_for(subject, against, self.seeds)),
             title=f"{concept.erase}, erased from emoji",
             command=f"python examples/benchmark.py --targets {name} --against {' '.join(against)}",
         )
         write_page(report, folder / "report.html")
         return [counts_of(name, kind, point) for point in points_of(make_report(report))]
+
+
+def answers_of(target: str) -> Answers:
+    """So many pictures of each group, drawn at random once and for all."""
+    crossing = len(STYLES if target in OBJECTS else OBJECTS)
+    every = emoji_answers(target, target_seeds=math.ceil(PICTURES["target"] / crossing), kept_seeds=1)
+    groups = ([ask for ask in every.asks if ask.group == group] for group in PICTURES)
+    some = (some_of(asks, n) for asks, n in zip(groups, PICTURES.values(), strict=True))
+    return replace(every, asks=tuple(itertools.chain(*some)))
 
 
 def counts_of(target: str, kind: str, point: Point) -> dict[str, Any]:
