@@ -3,7 +3,7 @@
     python examples/facts.py [--docs docs]
 
 Reads what other scripts measured: `benchmark.json` of benchmark.py, `frontier.json` of frontier.py, `stacking.json` of
-stacking.py, and `attacks/*.json`, the evidence of `esd-lora attack`. More or fewer means that 95 % intervals lie apart, and
+stacking.py, and `attacks/*/attacks.json` of attacks.py. More or fewer means that 95 % intervals lie apart, and
 where they overlap a fact is not shown; where averages over methods or targets are compared, it means that they differ. What
 was not measured is said to be so.
 """
@@ -55,14 +55,14 @@ class Measured:
         return self._read("stacking.json")
 
     def attacks(self, name: str) -> Iterator[tuple[str, Rate, Mapping[str, Rate]]]:
-        """Of each attack of that name: target and setting, how often the target was back, and in each of its controls."""
-        for path in sorted((self.docs / "attacks").glob("*.json")):
+        """Of each attack of that name: erasure and setting, how often the target was back, and in each of its controls."""
+        for path in sorted((self.docs / "attacks").glob("*/attacks.json")):
             evidence = json.loads(path.read_text())
             label = evidence["target"]["label"]
             for attack in evidence["attacks"]:
                 if attack["name"].startswith(name):
                     controls = {c["name"]: seen_in(c, label) for c in attack["controls"]}
-                    yield f"{label}, {attack['name']}", seen_in(attack, label), controls
+                    yield f"{path.parent.name}, {attack['name']}", seen_in(attack, label), controls
 
 
 def seen_in(trial: Mapping[str, Any], label: str) -> Rate:
@@ -147,10 +147,10 @@ def completed(found: Measured) -> Told:
     if not pairs:
         raise NotMeasured("completion")
     said = [f"{name} {100 * back.value:.0f}, gold {100 * gold.value:.0f}" for name, back, gold in pairs]
-    of_target: dict[str, set[Verdict]] = {}
+    of_erasure: dict[str, set[Verdict]] = {}
     for name, back, gold in pairs:
-        of_target.setdefault(name.split(",")[0], set()).add(more(back, gold))
-    best = [next(v for v in (True, None, False) if v in verdicts) for verdicts in of_target.values()]
+        of_erasure.setdefault(name.split(",")[0], set()).add(more(back, gold))
+    best = [next(v for v in (True, None, False) if v in verdicts) for verdicts in of_erasure.values()]
     return every(best), "; ".join(said)
 
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from test_page import sample
 
 from esd_lora.bases import Base
 from esd_lora.compose import attach, stack
-from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
+from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES, prompt
 from esd_lora.evaluate.page import make_report, points_of
 from esd_lora.evaluate.rates import rate
 from esd_lora.evaluate.scores import AttributeScores, Scores
@@ -258,6 +259,44 @@ def test_the_page_of_patches_has_a_row_for_each_measured_concept(script: Callabl
     assert "| 100.0 [91, 100] /40, base 100.0 | 50.0 [30, 70] /20, base 100.0 |" in rows[1]  # others, styles
 
 
+@pytest.mark.parametrize("target", ["cat", "dog", "neon"])
+def test_the_benchmark_asks_for_as_many_of_every_target(script: Callable[[str], Any], target: str) -> None:
+    benchmark, kind = script("benchmark"), "object" if target in OBJECTS else "style"
+    answers = benchmark.answers_of(target)
+    groups = Counter(ask.group for ask in answers.asks)
+    assert groups == {g: n for g, n in benchmark.PICTURES.items() if g != "neighbour" or target in NEIGHBOURS}
+    assert all((ask.group == "target") == (ask.wanted[kind] == target) for ask in answers.asks)
+    assert len({ask.wanted["object" if kind == "style" else "style"] for ask in answers.asks}) >= len(STYLES)
+    assert answers == benchmark.answers_of(target)
+
+
+def test_the_page_of_attacks_has_every_erasure_that_was_attacked(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trial(name: str, back: int, **more: Any) -> dict[str, Any]:
+        rows = [{"prompt": "a cat", "seed": i, "seen": "cat" if i < back else "dog"} for i in range(10)]
+        return {"name": name, "passes": 10, "seconds": 1, "rows": rows} | more
+
+    controls = [trial("seed search", 1, role="floor"), trial("random words", 2, role="floor")]
+    controls.append(trial("unerased base", 10, role="ceiling"))
+    evidence = {"base": "emoji", "target": {"kind": "object", "label": "cat"}, "evaluator": "emoji", "patches": []}
+    evidence |= {"schema": 1, "settings": {}, "attacks": [trial("inversion, merged", 6, controls=controls)]}
+    folder = tmp_path / "cat-merged"
+    folder.mkdir()
+    attacks = script("attacks")
+    monkeypatch.setattr("sys.argv", ["attacks.py", "--out", str(tmp_path), "--erasures"])
+    with pytest.raises(SystemExit) as caught:
+        attacks.main()
+    assert caught.value.code == 2
+    (folder / "attacks.json").write_text(json.dumps(evidence))
+    attacks.main()
+    assert (tmp_path / "attacks.png").stat().st_size
+    page = (tmp_path / "attacks.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("## ")] == ["## cat, merged"]
+    row = "| inversion, merged | 60.0 [31, 83] of 10 | 20.0 [6, 51] | random words | 100.0 [72, 100] | 10 | 1 |"
+    assert row in page.splitlines()
+
+
 def test_the_benchmark_counts_what_a_report_shows(script: Callable[[str], Any]) -> None:
     benchmark = script("benchmark")
     report = sample()
@@ -327,7 +366,7 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
         return {"name": name, "rows": [{"seen": "cat" if i < back else "dog"} for i in range(50)]}
 
     def write(name: str, values: Any) -> None:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(values))
 
     def told() -> list[str]:
@@ -350,7 +389,7 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
         [inverted("keyed", 50), inverted("SLD max", 50), inverted("base", 1), inverted("keyed", 1, k=8)],
     )
     write("stacking.json", [left(1, 50, 50), left(2, 1, 99), left(16, 30, 40)])
-    write("attacks/cat.json", evidence)
+    write("attacks/cat/attacks.json", evidence)
     assert told() == ["holds"] * 8
     rows[1]["counts"]["near"] = [70, 100, 100]
     rows.append(counts("ESD-x, fine-tuned", "object", 1.0, far=99))  # of a target without neighbours
@@ -359,11 +398,11 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     write("benchmark.json", {"rows": rows})
     write("frontier.json", [inverted("keyed", 50), inverted("SLD max", 2)])
     write("stacking.json", [left(2, 1, 99), left(16, 30, 99)])
-    write("attacks/cat.json", evidence)
+    write("attacks/cat/attacks.json", evidence)
     no, unclear = "does not hold", "not shown: intervals overlap"
     assert told() == ["holds", "holds", no, unclear, "holds", unclear, unclear, no]
     write("stacking.json", [left(2, 30, 99), left(16, 1, 40)])
     again[0]["controls"] = [trial("seed search", 45)]
     completions[0]["controls"] = [trial("gold base", 50)]
-    write("attacks/cat.json", evidence)
+    write("attacks/cat/attacks.json", evidence)
     assert told() == ["holds", "holds", no, unclear, no, no, no, no]
