@@ -1,6 +1,6 @@
 """What brings an erased concept back? Every attack of `esd-lora attack` on patches of the embedded base, side by side.
 
-    python examples/attacks.py --out runs/attacks [--erasures cat "cat, merged"] [--only inversion relearning]
+    python examples/attacks.py --out runs/attacks [--patches cat cat-keyed] [--only inversion relearning]
 
 Trains what is not in the folder yet, attacks it, and writes `attacks.md` and `attacks.png`; attacks that are in the folder are
 not made again. What is published is docs/attacks: with a copy of it in the folder the script adds to that. One suite takes one
@@ -30,10 +30,8 @@ TRAINED: Mapping[str, Sequence[str]] = {
 }
 """What `esd-lora train` makes each patch by."""
 
-MERGED = ", merged"
-"""After the name of a patch that is attacked in the weights of the base."""
-
-ERASURES = (*TRAINED, *(f"{name}{MERGED}" for name in TRAINED))
+MERGED = "unmerging"
+"""The attack on patches that are in the weights of the base; all others are on attached ones."""
 
 HEAD = """# What brings a concept back
 
@@ -48,15 +46,14 @@ once: how far another start would come is not in its interval. Prompts, seeds an
 
 
 def made(name: str, out: Path, only: Sequence[str]) -> Evidence | None:
-    """The attacks on an erasure, after those that are asked for and can be made on it; None if there are none."""
-    own, merged = name.removesuffix(MERGED), name.endswith(MERGED)
-    patch, folder = out / "patches" / own, out / name.replace(", ", "-")
-    wanted = [attack for attack in only if attack != ("scaling" if merged else "unmerging")]
-    if wanted:
-        if not (patch / FILE_NAME).exists():
-            esd_lora("train", *TRAINED[own], "--out", str(patch), "--quiet")
-        how = [*(["--merged"] if merged else []), *(word for attack in wanted for word in ("--only", attack))]
-        esd_lora("attack", "--base", "emoji", "--patch", str(patch), "--out", str(folder), *how)
+    """The attacks on a patch, after those that are asked for; None if there are none."""
+    patch, folder = out / "patches" / name, out / name
+    if only and not (patch / FILE_NAME).exists():
+        esd_lora("train", *TRAINED[name], "--out", str(patch), "--quiet")
+    for wanted, how in (([a for a in only if a != MERGED], []), ([a for a in only if a == MERGED], ["--merged"])):
+        if wanted:
+            asked = [word for attack in wanted for word in ("--only", attack)]
+            esd_lora("attack", "--base", "emoji", "--patch", str(patch), "--out", str(folder), *how, *asked)
     return read_evidence(folder)
 
 
@@ -71,14 +68,14 @@ def table(results: Sequence[Result]) -> list[str]:
 
 
 def plot(found: Mapping[str, Sequence[Result]], path: Path) -> None:
-    """Draw what each attack found, a column for every erasure, beside its floor."""
-    attacks = list(dict.fromkeys(r.name.removesuffix(MERGED) for results in found.values() for r in results))
+    """Draw what each attack found, a column for every patch, beside its floor."""
+    attacks = list(dict.fromkeys(r.name for results in found.values() for r in results))
     figure = Figure(figsize=(3 + 2.2 * len(found), 1 + 0.3 * len(attacks)), layout="constrained")
     for axes, (name, results) in zip(
         figure.subplots(1, len(found), squeeze=False, sharey=True)[0], found.items(), strict=True
     ):
         for r in results:
-            y = attacks.index(r.name.removesuffix(MERGED))
+            y = attacks.index(r.name)
             _dot(axes, r.found, y, color="C3", marker="o", label="found")
             if r.floor:
                 _dot(axes, r.floor, y + 0.25, color="gray", marker="|", label="floor")
@@ -102,13 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/attacks"))
     parser.add_argument(
-        "--erasures", nargs="*", choices=ERASURES, default=list(TRAINED), metavar="NAME", help=", ".join(ERASURES)
+        "--patches", nargs="*", choices=TRAINED, default=list(TRAINED), metavar="NAME", help=", ".join(TRAINED)
     )
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="ATTACK")
     args = parser.parse_args()
     found = {}
-    for name in ERASURES:
-        evidence = made(name, args.out, args.only if name in args.erasures else ())
+    for name in TRAINED:
+        evidence = made(name, args.out, args.only if name in args.patches else ())
         if evidence:
             found[name] = results_of(evidence)
     if not found:

@@ -270,7 +270,7 @@ def test_the_benchmark_asks_for_as_many_of_every_target(script: Callable[[str], 
     assert answers == benchmark.answers_of(target)
 
 
-def test_the_page_of_attacks_has_every_erasure_that_was_attacked(
+def test_the_page_of_attacks_has_every_patch_that_was_attacked(
     script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trial(name: str, back: int, **more: Any) -> dict[str, Any]:
@@ -280,11 +280,11 @@ def test_the_page_of_attacks_has_every_erasure_that_was_attacked(
     controls = [trial("seed search", 1, role="floor"), trial("random words", 2, role="floor")]
     controls.append(trial("unerased base", 10, role="ceiling"))
     evidence = {"base": "emoji", "target": {"kind": "object", "label": "cat"}, "evaluator": "emoji", "patches": []}
-    evidence |= {"schema": 1, "settings": {}, "attacks": [trial("inversion, merged", 6, controls=controls)]}
-    folder = tmp_path / "cat-merged"
+    evidence |= {"schema": 1, "settings": {}, "attacks": [trial("inversion", 6, controls=controls)]}
+    folder = tmp_path / "cat-keyed"
     folder.mkdir()
     attacks = script("attacks")
-    monkeypatch.setattr("sys.argv", ["attacks.py", "--out", str(tmp_path), "--erasures"])
+    monkeypatch.setattr("sys.argv", ["attacks.py", "--out", str(tmp_path), "--patches"])
     with pytest.raises(SystemExit) as caught:
         attacks.main()
     assert caught.value.code == 2
@@ -292,8 +292,8 @@ def test_the_page_of_attacks_has_every_erasure_that_was_attacked(
     attacks.main()
     assert (tmp_path / "attacks.png").stat().st_size
     page = (tmp_path / "attacks.md").read_text()
-    assert [line for line in page.splitlines() if line.startswith("## ")] == ["## cat, merged"]
-    row = "| inversion, merged | 60.0 [31, 83] of 10 | 20.0 [6, 51] | random words | 100.0 [72, 100] | 10 | 1 |"
+    assert [line for line in page.splitlines() if line.startswith("## ")] == ["## cat-keyed"]
+    row = "| inversion | 60.0 [31, 83] of 10 | 20.0 [6, 51] | random words | 100.0 [72, 100] | 10 | 1 |"
     assert row in page.splitlines()
 
 

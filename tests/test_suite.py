@@ -41,6 +41,7 @@ from esd_lora.evaluate.suite import (
     results_of,
     run_suite,
 )
+from esd_lora.folder import locked
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures
 from esd_lora.recipe import make_recipe
@@ -379,6 +380,11 @@ def test_a_suite_that_was_interrupted_goes_on(base: Base, patch: Patch, tmp_path
     assert found.attacks[:4] == so_far.attacks
     both = run_suite(erasure(base, patch, merged=True), ["unmerging"], out=out)
     assert [a.name for a in both.attacks[4:]] == ["completion, 1 of 2 steps", "unmerging, merged"]
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(base: Base, patch: Patch, tmp_path: Path) -> None:
+    with locked(tmp_path / "found"), pytest.raises(OutputError, match="another run is writing to it"):
+        run_suite(erasure(base, patch), ["scaling"], out=tmp_path / "found")
 
 
 def test_another_erasure_does_not_go_on(base: Base, patch: Patch, tmp_path: Path) -> None:

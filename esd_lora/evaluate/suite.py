@@ -39,6 +39,7 @@ from esd_lora.evaluate.baselines import emoji_filter
 from esd_lora.evaluate.comparing import Sampling, judge_of, questions
 from esd_lora.evaluate.evaluators import Evaluator
 from esd_lora.evaluate.rates import Rate, rate
+from esd_lora.folder import locked
 from esd_lora.merging import merged_denoiser
 from esd_lora.patch import Patch, write_file
 from esd_lora.pictures import Pictures
@@ -541,8 +542,8 @@ def _soft(drawing: Drawing) -> Drawing:
 
 
 def _trained(erasure: Erasure, what: str, training: Training, told: Mapping[str, Any]) -> str:
-    done = f"{what}, {told['steps']} steps of {training.batch_size} pictures"
-    return f"{done}, or until {erasure.adviser} sees it in all of {erasure.budget.looks} pictures"
+    done = f"{what}, {told['steps']} of {training.steps} steps of {training.batch_size} pictures"
+    return f"{done}; stops once {erasure.adviser} sees it in all of {erasure.budget.looks} pictures"
 
 
 def _prefix_search(erasure: Erasure) -> list[Plan]:
@@ -697,22 +698,24 @@ def run_suite(
     Raises:
         RecipeError: There is no such attack on attached, or on merged, patches.
         PatchError: A patch does not fit the base.
-        OutputError: The folder cannot be written to, or has attacks on another erasure.
+        OutputError: The folder cannot be written to, has attacks on another erasure, or another run is writing to it.
     """
     fitting = [name for name in ATTACKS if name != ("scaling" if erasure.merged else "unmerging")]
     wanted = list(names or fitting)
     if unknown := [name for name in wanted if name not in fitting]:
         how = "merged" if erasure.merged else "attached"
         raise RecipeError(f"{unknown[0]}: no attack on {how} patches; there are {', '.join(fitting)}")
-    evidence, bench = _begun(erasure, out), _Bench(erasure, on_stage)
-    for plan in (plan for name in wanted for plan in ATTACKS[name](erasure)):
-        if plan.name in {attack.name for attack in evidence.attacks}:
-            continue
-        found, left_out = bench.run(plan)
-        update = {"attacks": [*evidence.attacks, *found], "left_out": {**evidence.left_out, **left_out}}
-        evidence = evidence.model_copy(update=update)
-        if out:
-            write_file(out / page.ATTACKS, f"{evidence.model_dump_json(indent=1, by_alias=True)}\n".encode())
+    bench = _Bench(erasure, on_stage)
+    with locked(out) if out else nullcontext():
+        evidence = _begun(erasure, out)
+        for plan in (plan for name in wanted for plan in ATTACKS[name](erasure)):
+            if plan.name in {attack.name for attack in evidence.attacks}:
+                continue
+            found, left_out = bench.run(plan)
+            update = {"attacks": [*evidence.attacks, *found], "left_out": {**evidence.left_out, **left_out}}
+            evidence = evidence.model_copy(update=update)
+            if out:
+                write_file(out / page.ATTACKS, f"{evidence.model_dump_json(indent=1, by_alias=True)}\n".encode())
     return evidence
 
 
