@@ -94,7 +94,7 @@ class Bench:
         concept = Concept(erase=name if kind == "object" else f"{name} style")
         subject = Subject(self.base, concept, target, folder / "methods", load=lambda: self.trainer)
         report = compare(
-            Comparison(self.base, answers_of(name), target, self.evaluator, folder, SAMPLING),
+            Comparison(self.base, answers_of(name), target, self.evaluator, folder, SAMPLING, gaps=False),
             list(ways_for(subject, against, self.seeds)),
             title=f"{concept.erase}, erased from emoji",
             command=f"python examples/benchmark.py --targets {name} --against {' '.join(against)}",

@@ -79,6 +79,8 @@ class Comparison:
     target: What was erased.
     evaluator: Judges all pictures; it has the target's kind.
     folder: Of the report and its pictures.
+    sampling: How all pictures are drawn.
+    gaps: Whether the denoise gap of patches is measured, which takes 1,920 passes for each.
     """
 
     base: Base
@@ -87,6 +89,7 @@ class Comparison:
     evaluator: Evaluator
     folder: Path
     sampling: Sampling = Sampling()
+    gaps: bool = True
 
     @cached_property
     def maps(self) -> Features | None:
@@ -251,7 +254,7 @@ def compare(
         "rows": [row.model_dump(mode="json", exclude_defaults=True) for row in rows],
         "rulers": _rulers(comparison, before).model_dump(),
         "distances": [m.model_dump() for m in distances],
-        "measures": [m.model_dump() for way in ways for m in denoise_gaps(comparison, way, before)],
+        "measures": [m.model_dump() for way in ways if comparison.gaps for m in denoise_gaps(comparison, way, before)],
         "made": made(comparison, command=command),
     }
     processes.agreed(lambda: write_file(comparison.folder / "report.json", _json(report)))
