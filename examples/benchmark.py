@@ -199,19 +199,21 @@ def best_of(rows: Rows, kind: str) -> dict[str, tuple[str, list[Mapping[str, Any
 
 def matched(rows: Rows) -> list[str]:
     """Markdown: each method at the strength that keeps most of those that erase enough, beside our defaults."""
-    lines = ["| erased | method | UA | kept | ours keep more by | targets |", "|---" * 6 + "|"]
+    lines = ["| erased | method | UA | kept | ours keep more by | at target | targets |", "|---" * 7 + "|"]
     for kind in ("object", "style"):
         best = best_of(rows, kind)
         ours = best.get("esd_lora")
         for method in dict.fromkeys(r["method"] for r in rows if r["kind"] == kind and r["method"] not in CONTROLS):
             if method not in best:
-                lines.append(f"| {kind}s | {method} | at no strength {100 * ERASED:.0f} | | | |")
+                lines.append(f"| {kind}s | {method} | at no strength {100 * ERASED:.0f} | | | | |")
                 continue
             label, some = best[method]
-            rates = [found.interval() if (found := mean(some, rate)) else "" for rate in ("UA", "kept")]
+            rates = (found.interval() if (found := mean(some, rate)) else "" for rate in ("UA", "kept", "at target"))
+            erased, kept, at_target = rates
             told = difference(ours[1], some) if ours and method != "esd_lora" else ""
             targets = len({r["target"] for r in some})
-            lines.append(f"| {kind}s | {method} {label} | {' | '.join(rates)} | {told} | {targets} |")
+            cells = (f"{kind}s", f"{method} {label}", erased, kept, told, at_target, f"{targets}")
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
