@@ -79,13 +79,12 @@ def plot(found: Mapping[str, Sequence[Result]], path: Path) -> None:
             _dot(axes, r.found, y, color="C3", marker="o", label="found")
             if r.floor:
                 _dot(axes, r.floor, y + 0.25, color="gray", marker="|", label="floor")
-        axes.set(title=name, xlim=(-3, 103), yticks=range(len(attacks)), yticklabels=attacks)
+        axes.set(title=name, xlabel="seen in, %", xlim=(-3, 103), yticks=range(len(attacks)), yticklabels=attacks)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
     handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False)
-    figure.supxlabel("pictures with the concept, per cent", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
