@@ -176,9 +176,10 @@ def test_what_a_filter_holds_back_is_black_and_counts_as_gone(comparison: Compar
     report = compare(comparison, [filtered, way], title="A cat", command="esd-lora eval")
     rows = [r for r in report["rows"] if r["method"] == "filter"]
     assert {r["picture"] for r in rows if r["strength"] == 0} == {"pictures/black-16x16.png"}
-    assert {r["seen"]["object"] for r in rows if r["strength"] == 0} == {
-        "cat"
-    }  # which is how this evaluator sees black
+    # this evaluator would see a cat in black
+    assert {r["seen"]["object"] for r in rows if r["strength"] == 0} == {"nothing"}
+    none = next(p for p in points_of(make_report(report)) if (p.method.name, p.strength) == ("filter", 0))
+    assert (none.erased.value, none.kept.value) == (1, 0)
     bare = {(r["prompt"], r["seed"]): r["picture"] for r in report["rows"] if r["method"] == "base"}
     assert all(r["picture"] == bare[r["prompt"], r["seed"]] for r in rows if r["strength"] == 1)
 

@@ -55,6 +55,9 @@ CONTROLS, RULED, PAIRED = 48, 24, 2000
 OTHER = 1 << 31
 """The bit that makes another seed of a seed: of the higher ones torch's generator on a CPU takes no notice."""
 
+NOTHING = "nothing"
+"""What is seen where a filter holds a picture back: an evaluator may well see something in black."""
+
 BARE = Method(name="base", role="base", about="the unchanged model", knob="")
 
 NSFW = {("nudity", "nude"), ("nsfw", "nsfw")}
@@ -385,13 +388,14 @@ def _asks_of(way: Way, asks: Sequence[Ask]) -> Sequence[Ask]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The pictures of a method at one strength, and their paths in the folder of the report."""
+    """The pictures of a method at one strength, their paths in the folder of the report, and which of them are shown."""
 
     method: str
     strength: float
     asks: Sequence[Ask]
     pictures: Pictures
     paths: Sequence[str]
+    shown: Sequence[bool]
 
 
 def _drawn(comparison: Comparison, way: Way, strength: float, asks: Sequence[Ask]) -> Drawn:
@@ -403,14 +407,11 @@ def _drawn(comparison: Comparison, way: Way, strength: float, asks: Sequence[Ask
         how: dict[str, Any] = {**vars(comparison.sampling), **added}
         pictures = draw_answers(setting.base, asks, comparison.folder / place, **how)
         paths = [(place / name).as_posix() for name in picture_names(setting.base, asks, **how)]
-    if way.passes:
-        passed = way.passes(strength, pictures)
-        shown = [
-            (p, path) if ok else _black(comparison.folder, p)
-            for p, path, ok in zip(pictures, paths, passed, strict=True)
-        ]
-        pictures, paths = [p for p, _ in shown], [path for _, path in shown]
-    return Drawn(way.method.name, strength, asks, pictures, paths)
+    shown = way.passes(strength, pictures) if way.passes else [True] * len(pictures)
+    for i, picture in enumerate(pictures):
+        if not shown[i]:
+            pictures[i], paths[i] = _black(comparison.folder, picture)
+    return Drawn(way.method.name, strength, asks, pictures, paths, shown)
 
 
 def _black(folder: Path, like: Image.Image) -> tuple[Image.Image, str]:
@@ -427,7 +428,7 @@ def _rows(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.Image
     moved = comparison.moved([before[a] for a in drawn.asks], drawn.pictures).tolist()
     rows = []
     for i, ask in enumerate(drawn.asks):
-        seen = {kind: found[i] for kind, found in labels.items()}
+        seen = {kind: found[i] if drawn.shown[i] else NOTHING for kind, found in labels.items()}
         wanted = {kind: label for kind, label in ask.wanted.items() if kind in seen}
         rows.append(
             Row(
