@@ -23,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import stacking
+import torch
 from matplotlib.figure import Figure
 from rich.progress import track
+from torch import Tensor
 
 from esd_lora.bases import Base, load_base
 from esd_lora.compose import attach
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
+from esd_lora.evaluate import attacks
 from esd_lora.evaluate.attacks import BLANK, Drawing, Examples, inversion
-from esd_lora.evaluate.baselines import negative_prompt, safe_latent
+from esd_lora.evaluate.baselines import PRESETS, negative_prompt, safe_latent, safety_guidance
 from esd_lora.evaluate.rates import Rate, rate
 from esd_lora.evaluate.scores import FIRST_SEED
 from esd_lora.patch import Patch
@@ -44,8 +47,19 @@ GUARDS: Mapping[str, Callable[..., AbstractContextManager[None]]] = {
     "negative prompt": negative_prompt,
     "SLD strong": partial(safe_latent, guidance="strong"),
     "SLD max": partial(safe_latent, guidance="max"),
+    "SLD max, trained through": partial(safe_latent, guidance="max"),
 }
 """What people have instead of a patch, for one concept: base and concept → a context inside which the pipeline has it."""
+
+
+def sld_max(eps_prompt: Tensor, eps_concept: Tensor, eps_null: Tensor) -> Tensor:
+    """What the pipeline has for the first under SLD max, but for the momentum of earlier steps, which training has none of."""
+    none = torch.zeros_like(eps_null)
+    return eps_prompt - safety_guidance(eps_prompt, eps_concept, eps_null, none, guidance=PRESETS["max"])
+
+
+KNOWN: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"SLD max, trained through": sld_max}
+"""Guards that the attacker knows and trains through; of the others it trains on the bare base."""
 
 WAYS = (*stacking.WAYS, *GUARDS)
 HOW = ("by name", "by inversion")
@@ -82,8 +96,10 @@ class Guarded(Drawing):
             return super().draw(base)
 
 
-def found(concept: str, patches: Sequence[Patch], guard: Guard, evaluator: Evaluator) -> dict[str, Rate]:
-    """How often the concept is seen, asked for by name and by inversion, with patches active or a guard in the pipeline."""
+def found(
+    concept: str, patches: Sequence[Patch], guard: Guard, evaluator: Evaluator, *, known: attacks.Guard | None = None
+) -> dict[str, Rate]:
+    """How often the concept is seen, by name and by inversion, with patches active or a guard, which may be known, in place."""
     base = load_base("emoji")
     attach(base, patches)
     drawing = Guarded(
@@ -91,7 +107,7 @@ def found(concept: str, patches: Sequence[Patch], guard: Guard, evaluator: Evalu
         [FIRST_SEED + 500_000 + i for i in range(SEEDS)] * PROMPTS,
         guard=guard,
     )
-    attack = inversion(base, Examples(asking(concept, BLANK, SHOWN), shown(concept)), drawing)
+    attack = inversion(base, Examples(asking(concept, BLANK, SHOWN), shown(concept)), drawing, guard=known)
     rates = {}
     for how, pictures in zip(HOW, (drawing.asking(concept).draw(base), attack.pictures), strict=True):
         seen = evaluator.judge(pictures)
@@ -118,13 +134,15 @@ def main() -> None:
             continue
         patches: list[Patch] = []
         guard: Guard = nullcontext
+        words = stacking.named_as(concept)["erase"]
         if way in GUARDS:
-            guard = partial(GUARDS[way], concept=stacking.named_as(concept)["erase"])
+            guard = partial(GUARDS[way], concept=words)
         else:
             erased = [concept] if k == 1 else eight
             get, together = stacking.ways_of(load_base("emoji"), erased, 0, args.out / "patches")[way]
             patches = [together(made)] if (made := get()) else []
-        rates = found(concept, patches, guard, evaluator)
+        known = attacks.Guard(words, KNOWN[way]) if way in KNOWN else None
+        rates = found(concept, patches, guard, evaluator, known=known)
         place = {"k": k, "way": way, "concept": concept}
         rows = [row for row in rows if not place.items() <= row.items()]  # one of what has changed since
         rows.append({**place, "digest": digest, **{how: vars(r) for how, r in rates.items()}})

@@ -23,6 +23,7 @@ from esd_lora.evaluate.attacks import (
     Attack,
     Drawing,
     Examples,
+    Guard,
     Stop,
     Training,
     _schedule,
@@ -339,6 +340,27 @@ def test_inversion_follows_from_its_seed(erased: Base) -> None:
     assert equal(first.pictures, again.pictures)
     assert first.details == again.details
     assert other.details["losses"] != first.details["losses"]
+
+
+def test_inversion_trains_through_a_guard(erased: Base) -> None:
+    """Words learn what the guarded prediction wants, at two more passes of each latent of a step."""
+    examples, state = examples_of(erased), state_of(erased)
+    asked: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def steer(*eps: Tensor) -> Tensor:
+        asked.append(eps)  # type: ignore[arg-type]
+        return eps[0] + eps[2] - eps[1]
+
+    plain, same, through = (
+        inversion(erased, examples, BLANKS, training=SHORT, guard=guard)
+        for guard in (None, Guard("cat", lambda eps, *_: eps), Guard("cat", steer))
+    )
+    assert same.details == plain.details
+    assert through.details["losses"] != plain.details["losses"]
+    assert not equal(through.pictures, plain.pictures)
+    assert through.passes - plain.passes == 2 * SHORT.steps * SHORT.batch_size
+    assert all(eps[0].requires_grad and not eps[1].requires_grad and not eps[2].requires_grad for eps in asked)
+    assert unchanged(erased, state)
 
 
 def test_inversion_starts_from_random_embeddings(erased: Base) -> None:

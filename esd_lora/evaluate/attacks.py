@@ -534,9 +534,15 @@ def noised(schedule: Any, z: Tensor, i: Tensor, noise: Tensor) -> tuple[Tensor, 
     return schedule.add_noise(z, noise, i), i, schedule.get_velocity(z, noise, i) if v else noise
 
 
-def _denoising_loss(base: Base, condition: Condition, schedule: Any, z: Tensor, i: Tensor, noise: Tensor) -> Tensor:
+Predict = Callable[[Tensor, Tensor, Condition], Tensor]
+"""x_t (B, C, H, W), t (B,) and the condition of each → the prediction, (B, C, H, W)."""
+
+
+def _denoising_loss(
+    base: Base, condition: Condition, schedule: Any, z: Tensor, i: Tensor, noise: Tensor, predict: Predict | None = None
+) -> Tensor:
     x_t, t, target = noised(schedule, z, i.to(z.device), noise.to(z.device))
-    return F.mse_loss(base.predict(x_t.to(base.dtype), t, condition).float(), target)
+    return F.mse_loss((predict or base.predict)(x_t.to(base.dtype), t, condition).float(), target)
 
 
 @torch.enable_grad()
@@ -549,8 +555,9 @@ def _fit(
     *,
     stop: Stop | None,
     on_step: OnStep | None,
+    predict: Predict | None = None,
 ) -> dict[str, Any]:
-    """Train the parameters to denoise z under the conditions of its rows.
+    """Train the parameters to denoise z under the conditions of its rows, by the base's predictions or by others.
 
     Returns:
         Steps done, whether the concept is back, the looks on the way (steps, pictures in which it was seen), and the losses.
@@ -564,7 +571,7 @@ def _fit(
         rows = torch.randint(len(z), (training.batch_size,), generator=generator)
         i = torch.randint(schedule.config.num_train_timesteps, (training.batch_size,), generator=generator)
         noise = torch.randn(len(rows), *z.shape[1:], generator=generator)
-        loss = _denoising_loss(base, condition_of(rows), schedule, z[rows], i, noise)
+        loss = _denoising_loss(base, condition_of(rows), schedule, z[rows], i, noise, predict)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -698,6 +705,31 @@ def random_embeddings(base: Base, drawing: Drawing, *, tokens: int = 4, seed: in
 INVERT = Training(steps=250, lr=2e-2)
 
 
+@dataclass(frozen=True)
+class Guard:
+    """What a pipeline makes of predictions to keep a concept out, which an attacker may know, and train through.
+
+    concept: c, in words.
+    steer: Predictions for the prompt, for the concept and for the empty prompt → what the pipeline has for the first.
+    """
+
+    concept: str
+    steer: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def around(self, base: Base, drawing: Drawing) -> Predict:
+        """What the pipeline has for the predictions of the prompts; two more passes each, without gradients."""
+        how: dict[str, Any] = {"resolution": drawing.resolution, "guidance_scale": drawing.guidance_scale}
+        told = base.encode([self.concept, ""], **how)
+
+        def predict(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            rows = torch.arange(2, device=t.device).repeat_interleave(len(x_t))
+            with torch.no_grad():
+                eps_concept, eps_null = base.predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), told[rows]).chunk(2)
+            return self.steer(base.predict(x_t, t, condition), eps_concept, eps_null)
+
+        return predict
+
+
 def inversion(
     base: Base,
     examples: Examples,
@@ -706,6 +738,7 @@ def inversion(
     tokens: int = 4,
     training: Training = INVERT,
     stop: Stop | None = None,
+    guard: Guard | None = None,
     on_step: OnStep | None = None,
 ) -> Attack:
     """Pictures asked for with K soft words, trained until the erased model denoises pictures of the concept with them.
@@ -723,6 +756,7 @@ def inversion(
         tokens: K.
         training: Its seed is the start's, too.
         stop: Where training may end early; None takes all steps.
+        guard: Of the pipeline that draws, to train through it: the words then denoise what it makes of their predictions.
         on_step: Called after each step.
 
     Raises:
@@ -744,7 +778,8 @@ def inversion(
             return encode_with_gradients(base, [prompts[r] for r in rows.tolist()], like)
 
         trained = [e.requires_grad_() for e in soft.embeddings]
-        told = _fit(base, z, condition_of, trained, training, stop=stop, on_step=on_step)
+        predict = guard.around(base, drawing) if guard else None
+        told = _fit(base, z, condition_of, trained, training, stop=stop, on_step=on_step, predict=predict)
         return meter.attack("inversion", asked.draw(base), tokens=tokens, **told)
 
 
