@@ -116,8 +116,12 @@ def styles_and_objects(found: Measured) -> Told:
 
 
 def by_inversion(found: Measured, *, guards: bool) -> Told:
-    """Whether inversion finds each concept more often than its name, over patches or over guards; the figures."""
-    rows = [row for row in found.frontier if (row["way"] in frontier.GUARDS) == guards]
+    """Whether inversion finds each concept more often than its name, over patches or over guards; the figures.
+
+    Of a guard that was trained through as well as not, the former counts.
+    """
+    known = {row["way"].partition(",")[0] for row in found.frontier if row["way"] in frontier.KNOWN}
+    rows = [r for r in found.frontier if (r["way"] in frontier.GUARDS) == guards and r["way"] not in known]
     if not rows:
         raise NotMeasured("frontier")
     rates = [[Rate(**row[how]) for how in frontier.HOW] for row in rows]
@@ -196,7 +200,10 @@ FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
         lambda found: by_inversion(found, guards=False),
     ),
     ("F3: SLD erases more from weak to max, and keeps less", presets),
-    ("F4: so it does behind SLD and negative prompts", lambda found: by_inversion(found, guards=True)),
+    (
+        "F4: so it does behind SLD and negative prompts, if it knows of them",
+        lambda found: by_inversion(found, guards=True),
+    ),
     ("F5: a started picture is completed with the concept, more than by a base that never saw it", completed),
     ("F6: of patches trained one after another more come back, and less is kept, the more they are", one_after_another),
     ("F7: training on anything else brings some of a concept back", resurged),

@@ -347,6 +347,12 @@ def test_methods_are_compared_at_the_strength_that_keeps_most_and_erases_enough(
     assert {p.name for p in tmp_path.iterdir()} == {"benchmark.md", "benchmark.png"}
 
 
+def left(k: int, erased: int, kept: int) -> dict[str, Any]:
+    """What so many patches, trained one after another, leave and keep."""
+    answers = {"erased": {"cat": (erased, 100)}, "objects": {"dog": (kept, 100)}, "styles": {"neon": (100, 100)}}
+    return {"way": "sequential", "weight": 1, "k": k, "run": 0, "answers": answers}
+
+
 def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[str], Any], tmp_path: Path) -> None:
     def counts(method: str, kind: str, strength: float, **found: int) -> dict[str, Any]:
         shares = {k: [v, 90, 100] for k, v in found.items()}
@@ -357,10 +363,6 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
         return {"way": way, "k": k, "concept": "cat"} | dict(
             zip(script("frontier").HOW, map(vars, shares), strict=True)
         )
-
-    def left(k: int, erased: int, kept: int) -> dict[str, Any]:
-        answers = {"erased": {"cat": (erased, 100)}, "objects": {"dog": (kept, 100)}, "styles": {"neon": (100, 100)}}
-        return {"way": "sequential", "weight": 1, "k": k, "run": 0, "answers": answers}
 
     def trial(name: str, back: int) -> dict[str, Any]:
         return {"name": name, "rows": [{"seen": "cat" if i < back else "dog"} for i in range(50)]}
@@ -401,6 +403,10 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     write("attacks/cat/attacks.json", evidence)
     no, unclear = "does not hold", "not shown: intervals overlap"
     assert told() == ["holds", "holds", no, unclear, "holds", unclear, unclear, no]
+    write("frontier.json", [inverted("SLD max", 2), inverted("SLD max, trained through", 50)])
+    assert told()[1] == "not measured"
+    assert told()[3] == "holds"
+    write("frontier.json", [inverted("keyed", 50), inverted("SLD max", 2)])
     write("stacking.json", [left(2, 30, 99), left(16, 1, 40)])
     again[0]["controls"] = [trial("seed search", 45)]
     completions[0]["controls"] = [trial("gold base", 50)]
