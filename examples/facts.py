@@ -1,6 +1,6 @@
 """Does what is known of large models hold on the embedded base? Eight facts, written down before anything was measured.
 
-    python examples/facts.py [--docs docs]
+    python examples/facts.py [--docs docs] > docs/facts.md
 
 Reads what other scripts measured: `benchmark.json` of benchmark.py, `frontier.json` of frontier.py, `stacking.json` of
 stacking.py, and `attacks/*/attacks.json` of attacks.py. More or fewer means that 95 % intervals lie apart, and
@@ -91,6 +91,11 @@ def share(rows: Sequence[Mapping[str, Any]], rate: str, *, of: int = 0, **where:
     return sum(c[of] for c in some) / sum(c[2] for c in some)
 
 
+def targets(rows: Sequence[Mapping[str, Any]], **where: object) -> str:
+    """How many targets have rows that are so, in words."""
+    return f"targets: {len({r['target'] for r in rows if all(r[k] == v for k, v in where.items())})}"
+
+
 def more(a: Rate, b: Rate) -> Verdict:
     """Whether the first is above the second, or below it, intervals apart."""
     return True if a.low > b.high else False if a.high < b.low else None
@@ -112,7 +117,8 @@ def styles_and_objects(found: Measured) -> Told:
     )
     holds = style["IRA"] < style["CRA"] and thing["IRA"] < style["IRA"] and thing["CRA"] < style["CRA"]
     said = [", ".join(f"{name} {100 * v:.1f}" for name, v in rates.items()) for rates in (style, thing)]
-    return holds, f"styles {said[0]}; objects {said[1]}"
+    of = [targets(found.benchmark, kind=kind, **ESD) for kind in ("style", "object")]
+    return holds, f"styles {said[0]}, {of[0]}; objects {said[1]}, {of[1]}"
 
 
 def by_inversion(found: Measured, *, guards: bool) -> Told:
@@ -142,7 +148,8 @@ def presets(found: Measured) -> Told:
         for k in (1, 2, 3, 4)
     ]
     holds = all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(rates))
-    return holds, ", ".join(f"UA {100 * ua:.1f} kept {100 * kept:.1f}" for ua, kept in rates)
+    figures = ", ".join(f"UA {100 * ua:.1f} kept {100 * kept:.1f}" for ua, kept in rates)
+    return holds, f"{figures}, {targets(found.benchmark, method='SLD')}"
 
 
 def completed(found: Measured) -> Told:
@@ -190,7 +197,7 @@ def neighbours(found: Measured) -> Told:
     near, far = (share(rows, group, kind="object", **ESD) for group in ("near", "far"))
     near_base, far_base = (share(rows, group, of=1, kind="object", **ESD) for group in ("near", "far"))
     said = f"neighbours {100 * near:.1f} of the base's {100 * near_base:.1f}, others {100 * far:.1f} of {100 * far_base:.1f}"
-    return near / near_base < far / far_base, said
+    return near / near_base < far / far_base, f"{said}, {targets(rows, kind='object', **ESD)}"
 
 
 FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
@@ -209,6 +216,14 @@ FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
     ("F7: training on anything else brings some of a concept back", resurged),
     ("F8: near neighbours are hurt more than others", neighbours),
 )
+
+
+HEAD = """# Does what is known of large models hold on the embedded base?
+
+By `python examples/facts.py`, of what is in this folder. Written down before anything was measured, with the sources in the
+script. *More* and *fewer* mean that 95 % intervals lie apart, but for averages over targets (F1, F3, F8), where they mean that
+these differ.
+"""
 
 
 def lines_of(found: Measured) -> Iterator[str]:
@@ -230,7 +245,7 @@ def main() -> None:
     docs = parser.parse_args().docs
     if not docs.is_dir():
         parser.error(f"--docs: there is no folder {docs}")
-    print("\n".join(lines_of(Measured(docs))))
+    print("\n".join([HEAD, *lines_of(Measured(docs))]))
 
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def left(k: int, erased: int, kept: int) -> dict[str, Any]:
 def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[str], Any], tmp_path: Path) -> None:
     def counts(method: str, kind: str, strength: float, **found: int) -> dict[str, Any]:
         shares = {k: [v, 90, 100] for k, v in found.items()}
-        return {"method": method, "kind": kind, "strength": strength, "counts": shares}
+        return {"target": kind, "method": method, "kind": kind, "strength": strength, "counts": shares}
 
     def inverted(way: str, found: int, k: int = 1) -> dict[str, Any]:
         shares = (rate([i < n for i in range(64)]) for n in (1, found))
