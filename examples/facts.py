@@ -4,8 +4,8 @@
 
 Reads what other scripts measured: `benchmark.json` of benchmark.py, `frontier.json` of frontier.py, `stacking.json` of
 stacking.py, and `attacks/*/attacks.json` of attacks.py. More or fewer means that 95 % intervals lie apart, and
-where they overlap a fact is not shown; where averages over methods or targets are compared, it means that they differ. What
-was not measured is said to be so.
+where they overlap a fact is not shown; where averages over methods or targets are compared, it means that they differ, and
+of fewer than five targets nothing is shown. What was not measured is said to be so.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def seen_in(trial: Mapping[str, Any], label: str) -> Rate:
 
 
 Verdict = bool | None
-"""Whether a fact holds; None where intervals overlap."""
+"""Whether a fact holds; None where intervals overlap, or too few targets were averaged over."""
 
 Told = tuple[Verdict, str]
 """The verdict on a fact, and the figures."""
 
-SAID: Mapping[Verdict, str] = {True: "holds", False: "does not hold", None: "not shown: intervals overlap"}
+SAID: Mapping[Verdict, str] = {True: "holds", False: "does not hold", None: "not shown"}
 
 
 def share(rows: Sequence[Mapping[str, Any]], rate: str, *, of: int = 0, **where: object) -> float:
@@ -91,9 +91,13 @@ def share(rows: Sequence[Mapping[str, Any]], rate: str, *, of: int = 0, **where:
     return sum(c[of] for c in some) / sum(c[2] for c in some)
 
 
-def targets(rows: Sequence[Mapping[str, Any]], **where: object) -> str:
-    """How many targets have rows that are so, in words."""
-    return f"targets: {len({r['target'] for r in rows if all(r[k] == v for k, v in where.items())})}"
+FEWEST = 5
+"""Targets that an average says something of."""
+
+
+def targets(rows: Sequence[Mapping[str, Any]], **where: object) -> int:
+    """How many targets have rows that are so."""
+    return len({r["target"] for r in rows if all(r[k] == v for k, v in where.items())})
 
 
 def more(a: Rate, b: Rate) -> Verdict:
@@ -118,7 +122,8 @@ def styles_and_objects(found: Measured) -> Told:
     holds = style["IRA"] < style["CRA"] and thing["IRA"] < style["IRA"] and thing["CRA"] < style["CRA"]
     said = [", ".join(f"{name} {100 * v:.1f}" for name, v in rates.items()) for rates in (style, thing)]
     of = [targets(found.benchmark, kind=kind, **ESD) for kind in ("style", "object")]
-    return holds, f"styles {said[0]}, {of[0]}; objects {said[1]}, {of[1]}"
+    told = f"{of[0]} styles: {said[0]}; {of[1]} objects: {said[1]}"
+    return holds if min(of) >= FEWEST else None, told
 
 
 def by_inversion(found: Measured, *, guards: bool) -> Told:
@@ -149,7 +154,8 @@ def presets(found: Measured) -> Told:
     ]
     holds = all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(rates))
     figures = ", ".join(f"UA {100 * ua:.1f} kept {100 * kept:.1f}" for ua, kept in rates)
-    return holds, f"{figures}, {targets(found.benchmark, method='SLD')}"
+    of = targets(found.benchmark, method="SLD")
+    return holds if of >= FEWEST else None, f"{of} targets: {figures}"
 
 
 def completed(found: Measured) -> Told:
@@ -196,8 +202,10 @@ def neighbours(found: Measured) -> Told:
     rows = [row for row in found.benchmark if "near" in row["counts"]]
     near, far = (share(rows, group, kind="object", **ESD) for group in ("near", "far"))
     near_base, far_base = (share(rows, group, of=1, kind="object", **ESD) for group in ("near", "far"))
-    said = f"neighbours {100 * near:.1f} of the base's {100 * near_base:.1f}, others {100 * far:.1f} of {100 * far_base:.1f}"
-    return near / near_base < far / far_base, f"{said}, {targets(rows, kind='object', **ESD)}"
+    of = targets(rows, kind="object", **ESD)
+    figures = f"{100 * near:.1f} of the base's {100 * near_base:.1f}, others {100 * far:.1f} of {100 * far_base:.1f}"
+    said = f"{of} targets: neighbours {figures}"
+    return near / near_base < far / far_base if of >= FEWEST else None, said
 
 
 FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
@@ -222,7 +230,7 @@ HEAD = """# Does what is known of large models hold on the embedded base?
 
 By `python examples/facts.py`, of what is in this folder. Written down before anything was measured, with the sources in the
 script. *More* and *fewer* mean that 95 % intervals lie apart, but for averages over targets (F1, F3, F8), where they mean that
-these differ.
+these differ. *Not shown*: intervals overlap, or there are fewer than five targets to average over.
 """
 
 

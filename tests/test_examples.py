@@ -347,6 +347,17 @@ def test_methods_are_compared_at_the_strength_that_keeps_most_and_erases_enough(
     assert {p.name for p in tmp_path.iterdir()} == {"benchmark.md", "benchmark.png"}
 
 
+def counts(method: str, kind: str, strength: float, **found: int) -> dict[str, Any]:
+    """Hits of a hundred pictures, where the base has 90."""
+    shares = {k: [v, 90, 100] for k, v in found.items()}
+    return {"method": method, "kind": kind, "strength": strength, "counts": shares}
+
+
+def of_targets(n: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same counts for so many targets."""
+    return {"rows": [{**row, "target": i} for row in rows for i in range(n)]}
+
+
 def left(k: int, erased: int, kept: int) -> dict[str, Any]:
     """What so many patches, trained one after another, leave and keep."""
     answers = {"erased": {"cat": (erased, 100)}, "objects": {"dog": (kept, 100)}, "styles": {"neon": (100, 100)}}
@@ -354,10 +365,6 @@ def left(k: int, erased: int, kept: int) -> dict[str, Any]:
 
 
 def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[str], Any], tmp_path: Path) -> None:
-    def counts(method: str, kind: str, strength: float, **found: int) -> dict[str, Any]:
-        shares = {k: [v, 90, 100] for k, v in found.items()}
-        return {"target": kind, "method": method, "kind": kind, "strength": strength, "counts": shares}
-
     def inverted(way: str, found: int, k: int = 1) -> dict[str, Any]:
         shares = (rate([i < n for i in range(64)]) for n in (1, found))
         return {"way": way, "k": k, "concept": "cat"} | dict(
@@ -385,7 +392,7 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     completions = [{**trial("completion, 2 of 20 steps", 25), "controls": [trial("gold base", 3)]}]
     again = [{**trial("benign relearning", 20), "controls": [trial("seed search", 1)]}]
     evidence = {"target": {"label": "cat"}, "attacks": [*completions, *again]}
-    write("benchmark.json", {"rows": rows})
+    write("benchmark.json", of_targets(5, rows))
     write(
         "frontier.json",
         [inverted("keyed", 50), inverted("SLD max", 50), inverted("base", 1), inverted("keyed", 1, k=8)],
@@ -393,15 +400,17 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     write("stacking.json", [left(1, 50, 50), left(2, 1, 99), left(16, 30, 40)])
     write("attacks/cat/attacks.json", evidence)
     assert told() == ["holds"] * 8
+    write("benchmark.json", of_targets(4, rows))
+    assert told()[::7] + told()[2:3] == ["not shown"] * 3
     rows[1]["counts"]["near"] = [70, 100, 100]
     rows.append(counts("ESD-x, fine-tuned", "object", 1.0, far=99))  # of a target without neighbours
     rows[2]["counts"]["UA"] = [99, 100, 100]
     again[0]["controls"] = [trial("seed search", 20)]
-    write("benchmark.json", {"rows": rows})
+    write("benchmark.json", of_targets(5, rows))
     write("frontier.json", [inverted("keyed", 50), inverted("SLD max", 2)])
     write("stacking.json", [left(2, 1, 99), left(16, 30, 99)])
     write("attacks/cat/attacks.json", evidence)
-    no, unclear = "does not hold", "not shown: intervals overlap"
+    no, unclear = "does not hold", "not shown"
     assert told() == ["holds", "holds", no, unclear, "holds", unclear, unclear, no]
     write("frontier.json", [inverted("SLD max", 2), inverted("SLD max, trained through", 50)])
     assert told()[1] == "not measured"
