@@ -417,6 +417,8 @@ def test_a_file_that_is_no_evidence_is_named(base: Base, patch: Patch, tmp_path:
     with pytest.raises(OutputError, match=r"attacks\.json: not what `attack` writes; choose another --out$"):
         run_suite(erasure(base, patch), ["scaling"], out=tmp_path)
     with pytest.raises(OutputError, match=r"cannot read: Not a directory$"):
+        read_evidence(tmp_path / ATTACKS)
+    with pytest.raises(OutputError, match=r"cannot write: File exists$"):
         run_suite(erasure(base, patch), ["scaling"], out=tmp_path / ATTACKS)
     assert (tmp_path / ATTACKS).read_text() == '{"schema": 2}'
 
