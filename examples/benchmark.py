@@ -141,6 +141,12 @@ def mean(rows: Rows, rate: str) -> Rate | None:
     return Rate(value, sum(r["counts"][rate][2] for r in have), min(low, value), max(high, value))
 
 
+def interval_of(rows: Rows, rate: str) -> str:
+    """The mean in per cent with its interval, in words; nothing where there is none."""
+    found = mean(rows, rate)
+    return found.interval() if found else ""
+
+
 def share(row: Mapping[str, Any], rate: str) -> float:
     """Hits over pictures."""
     hits, _, n = row["counts"][rate]
@@ -175,7 +181,7 @@ def table(rows: Rows) -> list[str]:
             cost = (
                 [f"{sum(c[k] for c in costs) / len(costs):,.0f}" for k in ("seconds", "passes")] if costs else ["", ""]
             )
-            shown = [found.interval() if (found := mean(some, rate)) else "" for rate in rates]
+            shown = [interval_of(some, rate) for rate in rates]
             targets = len({r["target"] for r in some})
             lines.append(f"| {kind}s | {method} {label} | {' | '.join(shown)} | {targets} | {' | '.join(cost)} |")
     return lines
@@ -208,8 +214,7 @@ def matched(rows: Rows) -> list[str]:
                 lines.append(f"| {kind}s | {method} | at no strength {100 * ERASED:.0f} | | | | |")
                 continue
             label, some = best[method]
-            rates = (found.interval() if (found := mean(some, rate)) else "" for rate in ("UA", "kept", "at target"))
-            erased, kept, at_target = rates
+            erased, kept, at_target = (interval_of(some, rate) for rate in ("UA", "kept", "at target"))
             told = difference(ours[1], some) if ours and method != "esd_lora" else ""
             targets = len({r["target"] for r in some})
             cells = (f"{kind}s", f"{method} {label}", erased, kept, told, at_target, f"{targets}")

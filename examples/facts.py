@@ -100,6 +100,11 @@ def targets(rows: Sequence[Mapping[str, Any]], **where: object) -> int:
     return len({r["target"] for r in rows if all(r[k] == v for k, v in where.items())})
 
 
+def averaged(holds: bool, of: int) -> Verdict:
+    """What averages of so many targets say."""
+    return holds if of >= FEWEST else None
+
+
 def more(a: Rate, b: Rate) -> Verdict:
     """Whether the first is above the second, or below it, intervals apart."""
     return True if a.low > b.high else False if a.high < b.low else None
@@ -123,7 +128,7 @@ def styles_and_objects(found: Measured) -> Told:
     said = [", ".join(f"{name} {100 * v:.1f}" for name, v in rates.items()) for rates in (style, thing)]
     of = [targets(found.benchmark, kind=kind, **ESD) for kind in ("style", "object")]
     told = f"{of[0]} styles: {said[0]}; {of[1]} objects: {said[1]}"
-    return holds if min(of) >= FEWEST else None, told
+    return averaged(holds, min(of)), told
 
 
 def by_inversion(found: Measured, *, guards: bool) -> Told:
@@ -155,7 +160,7 @@ def presets(found: Measured) -> Told:
     holds = all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(rates))
     figures = ", ".join(f"UA {100 * ua:.1f} kept {100 * kept:.1f}" for ua, kept in rates)
     of = targets(found.benchmark, method="SLD")
-    return holds if of >= FEWEST else None, f"{of} targets: {figures}"
+    return averaged(holds, of), f"{of} targets: {figures}"
 
 
 def completed(found: Measured) -> Told:
@@ -205,7 +210,7 @@ def neighbours(found: Measured) -> Told:
     of = targets(rows, kind="object", **ESD)
     figures = f"{100 * near:.1f} of the base's {100 * near_base:.1f}, others {100 * far:.1f} of {100 * far_base:.1f}"
     said = f"{of} targets: neighbours {figures}"
-    return near / near_base < far / far_base if of >= FEWEST else None, said
+    return averaged(near / near_base < far / far_base, of), said
 
 
 FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (

@@ -539,10 +539,10 @@ Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 def _denoising_loss(
-    base: Base, condition: Condition, schedule: Any, z: Tensor, i: Tensor, noise: Tensor, predict: Predict | None = None
+    predict: Predict, condition: Condition, schedule: Any, z: Tensor, i: Tensor, noise: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
     x_t, t, target = noised(schedule, z, i.to(z.device), noise.to(z.device))
-    return F.mse_loss((predict or base.predict)(x_t.to(base.dtype), t, condition).float(), target)
+    return F.mse_loss(predict(x_t.to(dtype), t, condition).float(), target)
 
 
 @torch.enable_grad()
@@ -555,9 +555,9 @@ def _fit(
     *,
     stop: Stop | None,
     on_step: OnStep | None,
-    predict: Predict | None = None,
+    predict: Predict,
 ) -> dict[str, Any]:
-    """Train the parameters to denoise z under the conditions of its rows, by the base's predictions or by others.
+    """Train the parameters to denoise z under the conditions of its rows, by these predictions.
 
     Returns:
         Steps done, whether the concept is back, the looks on the way (steps, pictures in which it was seen), and the losses.
@@ -571,7 +571,7 @@ def _fit(
         rows = torch.randint(len(z), (training.batch_size,), generator=generator)
         i = torch.randint(schedule.config.num_train_timesteps, (training.batch_size,), generator=generator)
         noise = torch.randn(len(rows), *z.shape[1:], generator=generator)
-        loss = _denoising_loss(base, condition_of(rows), schedule, z[rows], i, noise, predict)
+        loss = _denoising_loss(predict, condition_of(rows), schedule, z[rows], i, noise, dtype=base.dtype)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -631,7 +631,8 @@ def relearning(
     with _metered(base.denoiser) as meter, trained as parameters:
         z = latents_of(base, examples.pictures)
         conditions = base.encode(prompts, resolution=drawing.resolution, guidance_scale=drawing.guidance_scale)
-        told = _fit(base, z, conditions.__getitem__, parameters, training, stop=stop, on_step=on_step)
+        how: dict[str, Any] = {"stop": stop, "on_step": on_step, "predict": base.predict}
+        told = _fit(base, z, conditions.__getitem__, parameters, training, **how)
         return meter.attack("relearning", drawing.draw(base), rank=rank, **told)
 
 
@@ -778,7 +779,7 @@ def inversion(
             return encode_with_gradients(base, [prompts[r] for r in rows.tolist()], like)
 
         trained = [e.requires_grad_() for e in soft.embeddings]
-        predict = guard.around(base, drawing) if guard else None
+        predict = guard.around(base, drawing) if guard else base.predict
         told = _fit(base, z, condition_of, trained, training, stop=stop, on_step=on_step, predict=predict)
         return meter.attack("inversion", asked.draw(base), tokens=tokens, **told)
 
@@ -882,7 +883,8 @@ def _likely_words(
             soft = replace(stand_in, embeddings=tuple(one_hot @ table for table in vocabulary.embeddings))
             with soft.active(base):
                 condition = encode_with_gradients(base, [f"{soft.words} {prompt}"], like)
-            loss = _denoising_loss(base, condition, schedule, z, i, torch.randn(z.shape, generator=generator))
+            noise = torch.randn(z.shape, generator=generator)
+            loss = _denoising_loss(base.predict, condition, schedule, z, i, noise, dtype=base.dtype)
             (gradient,) = torch.autograd.grad(loss, one_hot)
             p.grad = gradient.clamp(-1, 1)
             optimizer.step()
