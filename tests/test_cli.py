@@ -289,7 +289,8 @@ def test_eval_of_a_file_prints_scores_and_writes_nothing(
 
 def test_eval_refuses_a_weight(call: Call, patch_folder: Path) -> None:
     result = call("eval", "--base", "emoji", "--patch", f"{patch_folder}:0.5")
-    assert (result.code, result.err.count("\n")) == (2, 1)
+    told = f"{patch_folder}:0.5: no weight can be told like that here (eval has --weight); write {patch_folder}"
+    assert (result.code, result.err) == (2, f"error: {told}\n")
 
 
 def test_stack_never_overwrites_a_patch(call: Call, patch_folder: Path) -> None:
@@ -318,7 +319,7 @@ def test_a_weight_where_none_counts_is_not_dropped_silently(
 ) -> None:
     base = ("--base", tiny_folder) if command == "overlap" else ()
     result = call(command, f"{patch_folder}:0.5", *base)
-    assert (result.code, f"{patch_folder}:0.5: no patch here" in result.err) == (2, True)
+    assert (result.code, f"{patch_folder}:0.5: no weight can be told like that here" in result.err) == (2, True)
 
 
 def test_the_hint_after_training_is_a_command_that_runs(
