@@ -203,11 +203,11 @@ def resurged(found: Measured) -> Told:
 
 
 def neighbours(found: Measured) -> Told:
-    """F8 (Amara et al. 2025, EraseBench): of the targets that have neighbours, beside the base's own rates."""
+    """F8 (Amara et al. 2025, EraseBench): of the objects and styles that have neighbours, beside the base's own rates."""
     rows = [row for row in found.benchmark if "near" in row["counts"]]
-    near, far = (share(rows, group, kind="object", **ESD) for group in ("near", "far"))
-    near_base, far_base = (share(rows, group, of=1, kind="object", **ESD) for group in ("near", "far"))
-    of = targets(rows, kind="object", **ESD)
+    near, far = (share(rows, group, **ESD) for group in ("near", "far"))
+    near_base, far_base = (share(rows, group, of=1, **ESD) for group in ("near", "far"))
+    of = targets(rows, **ESD)
     figures = f"{100 * near:.1f} of the base's {100 * near_base:.1f}, others {100 * far:.1f} of {100 * far_base:.1f}"
     said = f"{of} targets: neighbours {figures}"
     return averaged(near / near_base < far / far_base, of), said

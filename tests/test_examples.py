@@ -385,8 +385,8 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     write("stacking.json", [left(1, 50, 50), left(2, 1, 99)])  # nothing to compare two patches with
     assert told() == ["not measured"] * 8
     rows = [
-        counts("ESD-x, fine-tuned", "style", 1.0, UA=98, IRA=80, CRA=93),
-        counts("ESD-x, fine-tuned", "object", 1.0, UA=92, IRA=55, CRA=44, near=30, far=60),
+        counts("ESD-x, fine-tuned", "style", 1.0, UA=98, IRA=80, CRA=93, near=20, far=60),
+        counts("ESD-x, fine-tuned", "object", 1.0, UA=92, IRA=55, CRA=44, near=70, far=60),  # styles count as well
         *(counts("SLD", "object", k, UA=10 * k, kept=90 - 10 * k) for k in (1, 2, 3, 4)),
     ]
     completions = [{**trial("completion, 2 of 20 steps", 25), "controls": [trial("gold base", 3)]}]
@@ -402,7 +402,7 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     assert told() == ["holds"] * 8
     write("benchmark.json", of_targets(4, rows))
     assert told()[::7] + told()[2:3] == ["not shown"] * 3
-    rows[1]["counts"]["near"] = [70, 100, 100]
+    rows[0]["counts"]["near"] = [70, 90, 100]
     rows.append(counts("ESD-x, fine-tuned", "object", 1.0, far=99))  # of a target without neighbours
     rows[2]["counts"]["UA"] = [99, 100, 100]
     again[0]["controls"] = [trial("seed search", 20)]
