@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 from torch import Tensor, nn
-from train_vae import to_pictures, to_tensor
+from train_vae import autocast, to_pictures, to_tensor
 
 from esd_lora.emoji.evaluators import (
     NETWORKS,
@@ -112,7 +112,7 @@ def round_trips(vae: Any, pictures: np.ndarray, level: np.ndarray, name: str) ->
     """Pictures through the autoencoder, with latents (1 - level) z + level ε, rescaled to unit variance."""
     done = []
     for rows in track(np.array_split(np.arange(len(pictures)), max(1, len(pictures) // 50)), description=name):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             z = vae.encode(to_tensor(pictures[rows])).latent_dist.mode().float()
             a = torch.from_numpy(level[rows]).float()[:, None, None, None]
             z = ((1 - a) * z + a * torch.randn_like(z)) / ((1 - a) ** 2 + a**2).sqrt()
@@ -289,7 +289,7 @@ def train(name: EvaluatorName, data: dict[str, np.ndarray], work: Path, *, steps
         task = bar.add_task(name, total=steps, completed=first)
         for step in range(first, steps):
             x, answers = next(feed)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 logits = network(x)
             loss = loss_of(logits, answers)
             optimizer.zero_grad()

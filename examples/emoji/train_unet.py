@@ -2,10 +2,10 @@
 
     python examples/emoji/train_unet.py --work build/emoji [--compile] [--resume] [--without cat neon]
 
-The v-prediction loss of Stable Diffusion 2.1 (Salimans and Ho 2022), bf16 autocast, an exponential moving average of the
-weights, learning rate annealed to zero. With ε-prediction a small constant error of the output, divided by √ᾱ_T, floods the
-picture with colour until late in training; v-prediction has no such division. A checkpoint every 250 steps; `--resume`
-goes on from it as if never stopped.
+The v-prediction loss of Stable Diffusion 2.1 (Salimans and Ho 2022), bf16 autocast where the CPU computes in it, an
+exponential moving average of the weights, learning rate annealed to zero. With ε-prediction a small constant error of the
+output, divided by √ᾱ_T, floods the picture with colour until late in training; v-prediction has no such division. A
+checkpoint every 250 steps; `--resume` goes on from it as if never stopped.
 `--init PIPELINE` starts from the weights of an earlier base instead of random ones.
 `--without NAMES` leaves out every picture of these objects and styles: the gold model, which never knew them.
 """
@@ -29,7 +29,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch import Tensor, nn
-from train_vae import to_tensor
+from train_vae import autocast, to_tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from esd_lora.bases import load_base, quick_dtype
@@ -96,7 +96,7 @@ def latents_of(pictures: np.ndarray, work: Path) -> Tensor:
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
         parts = []
         for some in track(np.array_split(pictures, len(pictures) // 100), description="encode"):
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 parts.append(vae.encode(to_tensor(some)).latent_dist.mode().float())
         part = path.with_suffix(".part.npy")
         np.save(part, torch.cat(parts).half().numpy())
@@ -109,7 +109,7 @@ def loss_of(unet: nn.Module, scheduler: DDIMScheduler, z: Tensor, hidden: Tensor
     noise = torch.randn_like(z)
     t = torch.randint(scheduler.config.num_train_timesteps, (len(z),))
     x_t = scheduler.add_noise(z, noise, t)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         v = unet(x_t, t, hidden).sample
     return F.mse_loss(v.float(), scheduler.get_velocity(z, noise, t))
 
@@ -154,7 +154,7 @@ def draw_grid(pipe: StableDiffusionPipeline, path: Path, *, guidance_scale: floa
     rows = []
     for style in STYLES:
         noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(20, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             pictures = pipe(
                 [prompt(o, style) for o in OBJECTS],
                 latents=noise,
@@ -237,7 +237,7 @@ def main() -> None:
             style = torch.tensor(
                 [int(labels.style[i]) if c.tells_style else -100 for i, c in zip(batch, texts, strict=True)]
             )
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 hidden = text_encoder(ids).last_hidden_state
             loss = loss_of(denoise, scheduler, z[batch].float(), hidden)
             read = reader.loss(hidden, obj, style)
