@@ -114,7 +114,7 @@ class Recipe(BaseModel):
         "learned",
         description="`learned`: for one patch, of one concept or of several together. `closed-form`: for patches that are made "
         "apart and stacked: lora_A of cross-attention k and v is computed from the text encoder's vocabulary; `layers` is then "
-        "`esd-x-strict`, `objective` `closed-form` and `rank` 2 by default. With `objective: paper` lora_B is trained from "
+        "`esd-x-strict`, `objective` `closed-form`, `rank` 2 and `eta` 0.5 by default. With `objective: paper` lora_B is trained from "
         "what the closed form gives, which wants an `lr` of about 2e-2.",
     )
     rank: int = Field(4, ge=1, description="Rank of the adapters; alpha equals it.")
@@ -122,8 +122,8 @@ class Recipe(BaseModel):
         "paper",
         description="`paper`: the anchor minus η times the guidance. `authors`: as their later code, anchored on the "
         "concept itself where there is no other anchor, so that `eta` is their negative_guidance (paper's η plus one). "
-        "`closed-form`: the words' keys and values moved to the anchor's without training, as UCE; `eta`, `rank`, "
-        "`preserve` and `preserve_weight` still count.",
+        "`closed-form`: the words' keys and values moved to the anchor's without training, as UCE; `eta`, by default 0.5, "
+        "`rank`, `preserve` and `preserve_weight` still count.",
     )
     eta: float = Field(2.0, ge=0, description="η: how far to push away from the concept; 0 moves to the anchor.")
     x_t: Literal["base", "edited"] = Field(
@@ -179,7 +179,8 @@ class Recipe(BaseModel):
         if value.get("keys") == "closed-form":
             solved = "closed-form" if filled["layers"] == "esd-x-strict" else "paper"
             filled = {"objective": solved, "rank": 2, **filled}
-        return filled
+        # farther from the concept than that, what is drawn in its place is a texture and nothing else
+        return {"eta": 0.5, **filled} if filled.get("objective") == "closed-form" else filled
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:

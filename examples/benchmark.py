@@ -49,6 +49,9 @@ OURS: Mapping[str, Mapping[str, Any]] = {
 }
 """Our methods, by what a recipe has besides its concept. The first, our defaults, has every training seed, the others one."""
 
+STRENGTHS: Mapping[str, tuple[float, ...]] = {"esd_lora, keyed": (1.0, 2.0, 3.0)}
+"""Weights of the patches that are not 0.5, 1 and 1.5: at twice its weight a keyed patch is one of η = 2, as the learned ones."""
+
 
 def ways_for(subject: Subject, against: Sequence[str], seeds: int) -> Iterator[Way]:
     """Our methods, these others, and the controls, of which the random one is as large as our defaults; all is kept on disk."""
@@ -58,7 +61,8 @@ def ways_for(subject: Subject, against: Sequence[str], seeds: int) -> Iterator[W
             recipe = Recipe(base="emoji", concepts=(subject.concept,), seed=seed, **fields)
             out = subject.folder / f"{name.replace(', ', '-')}-{seed}"
             patches.append(train(recipe, subject.trainer, out=out, resume=True))
-            told, strengths = (name, (0.5, 1.0, 1.5)) if seed == 0 else (f"{name}, seed {seed}", (1.0,))
+            some = STRENGTHS.get(name, (0.5, 1.0, 1.5))
+            told, strengths = (name, some) if seed == 0 else (f"{name}, seed {seed}", (1.0,))
             seconds = read_cost(out)["seconds"]["total"]
             yield patch_way(subject.base, told, patches[-1], strengths=strengths, seconds=seconds)
     yield from (baseline_way(name, subject) for name in against)

@@ -54,15 +54,19 @@ POOL = (
 )
 """Sixteen concepts to erase; seven objects and three styles are never erased."""
 
+FAR: Mapping[str, Any] = {"keys": "closed-form", "eta": 2.0}
+"""Keyed patches that push as far away as the learned ones; at half their weight they are those of the default η of 0.5."""
+
 KINDS: Mapping[str, dict[str, Any]] = {
     "keyed": {"keys": "closed-form"},
-    "keyed, rank 1": {"keys": "closed-form", "rank": 1},
-    "keyed, rank 4": {"keys": "closed-form", "rank": 4},
-    "keyed, rank 8": {"keys": "closed-form", "rank": 8},
-    "keyed, eta 0": {"keys": "closed-form", "eta": 0.0},
-    "keyed, eta 1": {"keys": "closed-form", "eta": 1.0},
-    "keyed, eta 4": {"keys": "closed-form", "eta": 4.0},
-    "keyed, kept weight 20": {"keys": "closed-form", "preserve_weight": 20.0},
+    "keyed, eta 0": {**FAR, "eta": 0.0},
+    "keyed, eta 1": {**FAR, "eta": 1.0},
+    "keyed, eta 2": {**FAR},
+    "keyed, eta 4": {**FAR, "eta": 4.0},
+    "keyed, rank 1": {**FAR, "rank": 1},
+    "keyed, rank 4": {**FAR, "rank": 4},
+    "keyed, rank 8": {**FAR, "rank": 8},
+    "keyed, kept weight 20": {**FAR, "preserve_weight": 20.0},
     "keyed, trained": {"keys": "closed-form", "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0},
     "keyed, trained and preserved": {"keys": "closed-form", "objective": "paper", "lr": 2e-2},
     "uce": {"objective": "closed-form", "eta": 0.0},
@@ -84,7 +88,7 @@ MADE_WITH: Mapping[str, dict[str, Any]] = {
 }
 """Keyed patches that are made with another ridge, or other constants of `esd_lora.keys`."""
 
-FIELDS = {**KINDS, **MADE_WITH}
+FIELDS = {**KINDS, **{way: {**FAR, **changed} for way, changed in MADE_WITH.items()}}
 
 LEFT_OUT = tuple(OBJECTS)[::2]
 """Objects that the kind "words left out" does not know of."""
@@ -120,13 +124,13 @@ def patch_of(base: Base, concepts: Sequence[str], kind: str, seed: int, folder: 
 
 
 def without_words(base: Base, concepts: Sequence[str]) -> list[Patch]:
-    """Keyed patches whose vocabulary lacks half of the objects: what they do to words that they do not know of."""
+    """Keyed patches, with η = 2, whose vocabulary lacks half of the objects: what they do to words that they do not know of."""
     missing = set().union(*(stems(form) for name in LEFT_OUT for form in (name, *OBJECTS[name])))
     words = [w for w in words_of(base) if not stems(w) & missing]
     made = []
     for concept in concepts:
         named = Concept.model_validate(named_as(concept))
-        recipe = Recipe(base="emoji", concepts=(named,), keys="closed-form")
+        recipe = Recipe(base="emoji", concepts=(named,), **FAR)
         own = named_words([named])
         kept = mean_moment(base, [p for p in prompts_of(words) if not stems(p) & own])
         hit, move = edit_moments(base, recipe)
@@ -135,10 +139,8 @@ def without_words(base: Base, concepts: Sequence[str]) -> list[Patch]:
 
 
 def made_with(base: Base, concepts: Sequence[str], *, ridge: float = keys.RIDGE, **constants: Any) -> list[Patch]:
-    """Keyed patches, with these constants in the place of the package's."""
-    recipes = [
-        Recipe(base="emoji", concepts=(Concept.model_validate(named_as(c)),), keys="closed-form") for c in concepts
-    ]
+    """Keyed patches, with η = 2 and these constants in the place of the package's."""
+    recipes = [Recipe(base="emoji", concepts=(Concept.model_validate(named_as(c)),), **FAR) for c in concepts]
     with ExitStack() as changed:
         for function in (generalised_keys, edit):
             changed.enter_context(mock.patch.dict(function.__kwdefaults__, ridge=ridge))
@@ -217,6 +219,7 @@ FUSED = ("preserved", "preserved more", "robust", "full", "keyed, q and out lear
 CURVES = (
     "base",
     "keyed",
+    "keyed, eta 2",
     "uce",
     "learned",
     "preserved",

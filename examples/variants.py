@@ -38,8 +38,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "eta: 1": {"eta": 1.0},
     "preserve_weight: 0": {"preserve_weight": 0.0},
     "keys: closed-form": {"keys": "closed-form"},
-    "keys: closed-form, rank: 4": {"keys": "closed-form", "rank": 4},
-    "objective: closed-form": {"objective": "closed-form"},
+    "keys: closed-form, eta: 2": {"keys": "closed-form", "eta": 2.0},
+    "keys: closed-form, eta: 2, rank: 4": {"keys": "closed-form", "eta": 2.0, "rank": 4},
+    "objective: closed-form, eta: 2": {"objective": "closed-form", "eta": 2.0},
 }
 
 
