@@ -25,6 +25,7 @@ from esd_lora.patch import FILE_NAME, write_file
 TRAINED: Mapping[str, Sequence[str]] = {
     "cat": ["emoji/cat"],
     "cat-keyed": ["emoji/cat-keyed"],
+    "cat-keyed-eta-2": ["emoji/cat-keyed", "--set", "eta=2"],
     "neon": ["emoji/neon"],
     "neon-keyed": ["--base", "emoji", "--erase", "neon style", "--set", "keys=closed-form"],
 }
