@@ -110,7 +110,7 @@ def test_keys_are_made_with_other_constants_and_then_with_the_packages_own_again
     script: Callable[[str], Any], base: Base, tmp_path: Path
 ) -> None:
     stacking = script("stacking")
-    own = stacking.patch_of(base, ["cat"], "keyed", 0, tmp_path / "cat")
+    own = stacking.patch_of(base, ["cat"], "keyed, eta 2", 0, tmp_path / "cat")
     for changed in stacking.MADE_WITH.values():
         (other,) = stacking.made_with(base, ["cat"], **changed)
         assert not same(other.tensors, own.tensors)
