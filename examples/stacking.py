@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from peft.utils.merge_utils import dare_linear, ties
@@ -430,6 +431,7 @@ def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     titles = {"erased": "erased concepts still drawn", "objects": "kept objects", "styles": "kept styles"}
     for axes, (group, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)  # there are more ways than ten
         for way, by_k in by_way(found).items():
             rates = [rate_of(rows, group) for rows in by_k.values()]
             errors = [[r.value - r.low for r in rates], [r.high - r.value for r in rates]]
