@@ -114,8 +114,8 @@ class Recipe(BaseModel):
         "learned",
         description="`learned`: for one patch, of one concept or of several together. `closed-form`: for patches that are made "
         "apart and stacked: lora_A of cross-attention k and v is computed from the text encoder's vocabulary; `layers` is then "
-        "`esd-x-strict`, `objective` `closed-form`, `rank` 2 and `eta` 0.5 by default. With `objective: paper` lora_B is trained from "
-        "what the closed form gives, which wants an `lr` of about 2e-2.",
+        "`esd-x-strict`, `objective` `closed-form`, `rank` 2 and `eta` 0.5 by default. With `objective: paper` lora_B is "
+        "trained from what the closed form gives, which wants an `lr` of about 2e-2.",
     )
     rank: int = Field(4, ge=1, description="Rank of the adapters; alpha equals it.")
     objective: Literal["paper", "authors", "closed-form"] = Field(

@@ -50,7 +50,7 @@ OURS: Mapping[str, Mapping[str, Any]] = {
 """Our methods, by what a recipe has besides its concept. The first, our defaults, has every training seed, the others one."""
 
 STRENGTHS: Mapping[str, tuple[float, ...]] = {"esd_lora, keyed": (1.0, 2.0, 3.0)}
-"""Weights of the patches that are not 0.5, 1 and 1.5: at twice its weight a keyed patch is one of η = 2, as the learned ones."""
+"""Weights of patches, where these are not 0.5, 1 and 1.5: at twice its weight a keyed patch is one of η = 2."""
 
 
 def ways_for(subject: Subject, against: Sequence[str], seeds: int) -> Iterator[Way]:
