@@ -195,6 +195,8 @@ ERASED = 0.95
 """The mean UA at which methods are compared."""
 CONTROLS = ("base", "null", "random", "scrambling")
 """What is not compared."""
+COMPARED = {"esd_lora": "the defaults", "esd_lora, keyed": "keyed"}
+"""What the others are compared with, and its name in a heading."""
 
 
 def best_of(rows: Rows, kind: str) -> dict[str, tuple[str, list[Mapping[str, Any]]]]:
@@ -208,20 +210,28 @@ def best_of(rows: Rows, kind: str) -> dict[str, tuple[str, list[Mapping[str, Any
 
 
 def matched(rows: Rows) -> list[str]:
-    """Markdown: each method at the strength that keeps most of those that erase enough, beside our defaults."""
-    lines = ["| erased | method | UA | kept | ours keep more by | at target | targets |", "|---" * 7 + "|"]
+    """Markdown: each method at the strength that keeps most of those that erase enough, beside our defaults and keyed."""
+    heads = (
+        "erased",
+        "method",
+        "UA",
+        "kept",
+        *(f"{name} keep more by" for name in COMPARED.values()),
+        "at target",
+        "targets",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for kind in ("object", "style"):
         best = best_of(rows, kind)
-        ours = best.get("esd_lora")
         for method in dict.fromkeys(r["method"] for r in rows if r["kind"] == kind and r["method"] not in CONTROLS):
             if method not in best:
-                lines.append(f"| {kind}s | {method} | at no strength {100 * ERASED:.0f} | | | | |")
+                lines.append(f"| {kind}s | {method} | at no strength {100 * ERASED:.0f} |{' |' * (len(heads) - 3)}")
                 continue
             label, some = best[method]
             erased, kept, at_target = (interval_of(some, rate) for rate in ("UA", "kept", "at target"))
-            told = difference(ours[1], some) if ours and method != "esd_lora" else ""
+            more = [difference(best[one][1], some) if one in best and one != method else "" for one in COMPARED]
             targets = len({r["target"] for r in some})
-            cells = (f"{kind}s", f"{method} {label}", erased, kept, told, at_target, f"{targets}")
+            cells = (f"{kind}s", f"{method} {label}", erased, kept, *more, at_target, f"{targets}")
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -277,8 +287,8 @@ preserve nothing, as ours in *nothing preserved*.
 
 ![Erased over kept](benchmark.png)
 
-Every method at the strength that keeps most of those with a mean UA of 95 or more, and how much more our defaults, chosen
-likewise, keep of the same targets:
+Every method at the strength that keeps most of those with a mean UA of 95 or more, and how much more our defaults and our keyed
+patches, chosen likewise, keep of the same targets:
 
 """
 

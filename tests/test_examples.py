@@ -333,16 +333,18 @@ def test_methods_are_compared_at_the_strength_that_keeps_most_and_erases_enough(
             ("esd_lora", 1, 98, 96, 0),
             ("esd_lora", 1, 96, 92, 1),
             ("esd_lora", 0.5, 60, 99, 0),
+            ("esd_lora, keyed", 1, 97, 90, 0),
             ("other", 1, 95, 84, 0),
             ("other", 1.5, 100, 50, 0),
             ("weak", 1, 94, 100, 0),
         )
     ]
     lines = [line.split(" | ") for line in benchmark.matched(rows)[2:]]
-    assert [line[1] for line in lines] == ["esd_lora weight 1", "other weight 1", "weak"]
-    assert [line[3].split(" ")[0] for line in lines[:2]] == ["93.0", "83.0"]
-    assert lines[1][4] == "+10.0 [+10.0, +10.0]"  # of each target 94 - 84
-    assert lines[2][2] == "at no strength 95"
+    assert [line[1] for line in lines] == ["esd_lora weight 1", "esd_lora, keyed weight 1", "other weight 1", "weak"]
+    assert [line[3].split(" ")[0] for line in lines[:3]] == ["93.0", "89.0", "83.0"]
+    assert lines[1][4:6] == ["+4.0 [+4.0, +4.0]", ""]
+    assert lines[2][4:6] == ["+10.0 [+10.0, +10.0]", "+6.0 [+6.0, +6.0]"]  # of each target 94 - 84 and 90 - 84
+    assert lines[3][2] == "at no strength 95"
     benchmark.write_page_of(rows, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"benchmark.md", "benchmark.png"}
 
