@@ -3,9 +3,9 @@
     python examples/facts.py [--docs docs] > docs/facts.md
 
 Reads what other scripts measured: `benchmark.json` of benchmark.py, `frontier.json` of frontier.py, `stacking.json` of
-stacking.py, and `attacks/*/attacks.json` of attacks.py. More or fewer means that 95 % intervals lie apart, and
-where they overlap a fact is not shown; where averages over methods or targets are compared, it means that they differ, and
-of fewer than five targets nothing is shown. What was not measured is said to be so.
+stacking.py, and `attacks/*/attacks.json` of attacks.py. More or fewer means that 95 % intervals lie apart, or for rates of the
+same targets that the interval of their differences lies on one side of 0; otherwise a fact is not shown, nor is anything by
+fewer than five targets. What was not measured is said to be so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import frontier
 import stacking
 
-from esd_lora.evaluate.rates import Rate, rate
+from esd_lora.evaluate.rates import Rate, cluster_bootstrap, rate
 
 
 class NotMeasured(Exception):
@@ -71,7 +71,7 @@ def seen_in(trial: Mapping[str, Any], label: str) -> Rate:
 
 
 Verdict = bool | None
-"""Whether a fact holds; None where intervals overlap, or too few targets were averaged over."""
+"""Whether a fact holds; None where intervals overlap, or there are too few targets."""
 
 Told = tuple[Verdict, str]
 """The verdict on a fact, and the figures."""
@@ -92,7 +92,7 @@ def share(rows: Sequence[Mapping[str, Any]], rate: str, *, of: int = 0, **where:
 
 
 FEWEST = 5
-"""Targets that an average says something of."""
+"""Targets whose average says something."""
 
 
 def targets(rows: Sequence[Mapping[str, Any]], **where: object) -> int:
@@ -100,9 +100,27 @@ def targets(rows: Sequence[Mapping[str, Any]], **where: object) -> int:
     return len({r["target"] for r in rows if all(r[k] == v for k, v in where.items())})
 
 
-def averaged(holds: bool, of: int) -> Verdict:
-    """What averages of so many targets say."""
-    return holds if of >= FEWEST else None
+def changes(rows: Sequence[Mapping[str, Any]], rate: str, **where: object) -> dict[str, float]:
+    """Of each target that has rows that are so, how far a rate is from the base's."""
+    some = [r for r in rows if all(r[k] == v for k, v in where.items()) and rate in r["counts"]]
+    return {r["target"]: (r["counts"][rate][0] - r["counts"][rate][1]) / r["counts"][rate][2] for r in some}
+
+
+def higher(these: Mapping[str, float], others: Mapping[str, float]) -> Verdict:
+    """Whether these are above the others, target by target: the interval of the mean difference lies on one side of 0."""
+    between = [these[t] - others[t] for t in these if t in others]
+    if len(between) < FEWEST:
+        return None
+    low, high = cluster_bootstrap(between, range(len(between)))
+    return True if low > 0 else False if high < 0 else None
+
+
+def apart(these: Mapping[str, float], others: Mapping[str, float]) -> Verdict:
+    """Whether these are above the others, which are of other targets: the intervals of both means lie apart."""
+    if min(len(these), len(others)) < FEWEST:
+        return None
+    groups = [list(some.values()) for some in (these, others)]
+    return more(*(Rate(sum(g) / len(g), len(g), *cluster_bootstrap(g, range(len(g)))) for g in groups))
 
 
 def more(a: Rate, b: Rate) -> Verdict:
@@ -121,14 +139,16 @@ ESD = {"method": "ESD-x, fine-tuned", "strength": 1.0}
 
 def styles_and_objects(found: Measured) -> Told:
     """F1 (Zhang et al. 2024, UnlearnCanvas: 98.6, 81.0, 94.0 of styles, 92.2, 55.8, 44.2 of objects)."""
-    style, thing = (
-        {r: share(found.benchmark, r, kind=kind, **ESD) for r in ("UA", "IRA", "CRA")} for kind in ("style", "object")
-    )
-    holds = style["IRA"] < style["CRA"] and thing["IRA"] < style["IRA"] and thing["CRA"] < style["CRA"]
-    said = [", ".join(f"{name} {100 * v:.1f}" for name, v in rates.items()) for rates in (style, thing)]
-    of = [targets(found.benchmark, kind=kind, **ESD) for kind in ("style", "object")]
-    told = f"{of[0]} styles: {said[0]}; {of[1]} objects: {said[1]}"
-    return averaged(holds, min(of)), told
+    kinds, rates = ("style", "object"), ("UA", "IRA", "CRA")
+    shares = {kind: [share(found.benchmark, r, kind=kind, **ESD) for r in rates] for kind in kinds}
+    style, thing = ({r: changes(found.benchmark, r, kind=kind, **ESD) for r in rates} for kind in kinds)
+    lower = [higher(style["CRA"], style["IRA"]), *(apart(style[r], thing[r]) for r in ("IRA", "CRA"))]
+    said = [
+        f"{targets(found.benchmark, kind=kind, **ESD)} {kind}s: "
+        + ", ".join(f"{r} {100 * v:.1f}" for r, v in zip(rates, shares[kind], strict=True))
+        for kind in kinds
+    ]
+    return every(lower), "; ".join(said)
 
 
 def by_inversion(found: Measured, *, guards: bool) -> Told:
@@ -150,17 +170,13 @@ def by_inversion(found: Measured, *, guards: bool) -> Told:
 
 def presets(found: Measured) -> Told:
     """F3 (Schramowski et al. 2023)."""
-    rates = [
-        (
-            share(found.benchmark, "UA", method="SLD", strength=k),
-            share(found.benchmark, "kept", method="SLD", strength=k),
-        )
-        for k in (1, 2, 3, 4)
-    ]
-    holds = all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(rates))
-    figures = ", ".join(f"UA {100 * ua:.1f} kept {100 * kept:.1f}" for ua, kept in rates)
-    of = targets(found.benchmark, method="SLD")
-    return averaged(holds, of), f"{of} targets: {figures}"
+    strengths, rates = (1, 2, 3, 4), ("UA", "kept")
+    by_preset = [{r: changes(found.benchmark, r, method="SLD", strength=k) for r in rates} for k in strengths]
+    steps = itertools.pairwise(by_preset)
+    verdicts = [v for a, b in steps for v in (higher(b["UA"], a["UA"]), higher(a["kept"], b["kept"]))]
+    shares = [[share(found.benchmark, r, method="SLD", strength=k) for r in rates] for k in strengths]
+    figures = ", ".join(f"UA {100 * ua:.1f} kept {100 * kept:.1f}" for ua, kept in shares)
+    return every(verdicts), f"{targets(found.benchmark, method='SLD')} targets: {figures}"
 
 
 def completed(found: Measured) -> Told:
@@ -210,7 +226,7 @@ def neighbours(found: Measured) -> Told:
     of = targets(rows, **ESD)
     figures = f"{100 * near:.1f} of the base's {100 * near_base:.1f}, others {100 * far:.1f} of {100 * far_base:.1f}"
     said = f"{of} targets: neighbours {figures}"
-    return averaged(near / near_base < far / far_base, of), said
+    return higher(*(changes(rows, group, **ESD) for group in ("far", "near"))), said
 
 
 FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
@@ -234,8 +250,8 @@ FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
 HEAD = """# Does what is known of large models hold on the embedded base?
 
 By `python examples/facts.py`, of what is in this folder. Written down before anything was measured, with the sources in the
-script. *More* and *fewer* mean that 95 % intervals lie apart, but for averages over targets (F1, F3, F8), where they mean that
-these differ. *Not shown*: intervals overlap, or there are fewer than five targets to average over.
+script. *More* and *fewer* mean that 95 % intervals lie apart, or for rates of the same targets (F1, F3, F8) that the interval
+of their differences lies on one side of 0. *Not shown*: they do not, or there are fewer than five targets.
 """
 
 

@@ -356,8 +356,8 @@ def counts(method: str, kind: str, strength: float, **found: int) -> dict[str, A
 
 
 def of_targets(n: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same counts for so many targets."""
-    return {"rows": [{**row, "target": i} for row in rows for i in range(n)]}
+    """The same counts for so many targets of each kind, or of the name that a row has."""
+    return {"rows": [{**row, "target": f"{row.get('target', row['kind'])} {i}"} for row in rows for i in range(n)]}
 
 
 def left(k: int, erased: int, kept: int) -> dict[str, Any]:
@@ -388,7 +388,7 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     assert told() == ["not measured"] * 8
     rows = [
         counts("ESD-x, fine-tuned", "style", 1.0, UA=98, IRA=80, CRA=93, near=20, far=60),
-        counts("ESD-x, fine-tuned", "object", 1.0, UA=92, IRA=55, CRA=44, near=70, far=60),  # styles count as well
+        counts("ESD-x, fine-tuned", "object", 1.0, UA=92, IRA=55, CRA=44, near=62, far=60),  # styles count as well
         *(counts("SLD", "object", k, UA=10 * k, kept=90 - 10 * k) for k in (1, 2, 3, 4)),
     ]
     completions = [{**trial("completion, 2 of 20 steps", 25), "controls": [trial("gold base", 3)]}]
@@ -402,10 +402,13 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     write("stacking.json", [left(1, 50, 50), left(2, 1, 99), left(16, 30, 40)])
     write("attacks/cat/attacks.json", evidence)
     assert told() == ["holds"] * 8
-    write("benchmark.json", of_targets(4, rows))
+    write("benchmark.json", of_targets(2, rows))
     assert told()[::7] + told()[2:3] == ["not shown"] * 3
+    rows[0]["counts"]["near"] = [58, 90, 100]  # half of the targets are hurt more near them, the others less
+    write("benchmark.json", of_targets(5, rows))
+    assert told()[7] == "not shown"
     rows[0]["counts"]["near"] = [70, 90, 100]
-    rows.append(counts("ESD-x, fine-tuned", "object", 1.0, far=99))  # of a target without neighbours
+    rows.append({**counts("ESD-x, fine-tuned", "object", 1.0, far=99), "target": "without neighbours"})
     rows[2]["counts"]["UA"] = [99, 100, 100]
     again[0]["controls"] = [trial("seed search", 20)]
     write("benchmark.json", of_targets(5, rows))
