@@ -20,8 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from esd_lora.bases import Base, load_base
 from esd_lora.compose import attach
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
@@ -124,5 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()
