@@ -402,11 +402,6 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     write("stacking.json", [left(1, 50, 50), left(2, 1, 99), left(16, 30, 40)])
     write("attacks/cat/attacks.json", evidence)
     assert told() == ["holds"] * 8
-    write("benchmark.json", of_targets(2, rows))
-    assert told()[::7] + told()[2:3] == ["not shown"] * 3
-    rows[0]["counts"]["near"] = [58, 90, 100]  # half of the targets are hurt more near them, the others less
-    write("benchmark.json", of_targets(5, rows))
-    assert told()[7] == "not shown"
     rows[0]["counts"]["near"] = [70, 90, 100]
     rows.append({**counts("ESD-x, fine-tuned", "object", 1.0, far=99), "target": "without neighbours"})
     rows[2]["counts"]["UA"] = [99, 100, 100]
@@ -426,3 +421,20 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     completions[0]["controls"] = [trial("gold base", 50)]
     write("attacks/cat/attacks.json", evidence)
     assert told() == ["holds", "holds", no, unclear, no, no, no, no]
+
+
+@pytest.mark.parametrize(
+    ("targets", "near", "verdict"), [(5, 20, "holds"), (2, 20, "not shown"), (5, 58, "not shown")], ids=str
+)
+def test_a_fact_on_averages_wants_five_targets_that_agree(
+    targets: int, near: int, verdict: str, script: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Of objects 62 are left near them and 60 elsewhere; styles decide, and of two of each kind there are too few."""
+    rows = [
+        counts("ESD-x, fine-tuned", "style", 1.0, near=near, far=60),
+        counts("ESD-x, fine-tuned", "object", 1.0, near=62, far=60),
+    ]
+    (tmp_path / "benchmark.json").write_text(json.dumps(of_targets(targets, rows)))
+    *_, last = script("facts").lines_of(script("facts").Measured(tmp_path))
+    assert last.startswith("| F8")
+    assert last.split(" | ")[1] == verdict
