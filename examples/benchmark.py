@@ -236,13 +236,16 @@ def matched(rows: Rows) -> list[str]:
     return lines
 
 
+def more_by(these: Mapping[str, float], others: Mapping[str, float]) -> Rate:
+    """The mean of how much more these are over the targets that both have, with its interval over them; n is their number."""
+    between = [these[t] - others[t] for t in these if t in others]
+    return Rate(sum(between) / len(between), len(between), *cluster_bootstrap(between, range(len(between))))
+
+
 def difference(ours: Rows, others: Rows) -> str:
-    """How much more is kept, in points with its interval over the targets that both have."""
-    first, second = by_target(ours, "kept"), by_target(others, "kept")
-    both = [target for target in first if target in second]
-    more = [first[t] - second[t] for t in both]
-    low, high = cluster_bootstrap(more, both)
-    return f"{100 * sum(more) / len(more):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    """How much more is kept, in points with its interval."""
+    more = more_by(by_target(ours, "kept"), by_target(others, "kept"))
+    return f"{100 * more.value:+.1f} [{100 * more.low:+.1f}, {100 * more.high:+.1f}]"
 
 
 def plot(rows: Rows, path: Path) -> None:

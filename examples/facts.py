@@ -20,6 +20,7 @@ from typing import Any
 
 import frontier
 import stacking
+from benchmark import more_by
 
 from esd_lora.evaluate.rates import Rate, cluster_bootstrap, rate
 
@@ -79,40 +80,38 @@ Told = tuple[Verdict, str]
 SAID: Mapping[Verdict, str] = {True: "holds", False: "does not hold", None: "not shown"}
 
 
-def share(rows: Sequence[Mapping[str, Any]], rate: str, *, of: int = 0, **where: object) -> float:
-    """Hits over pictures of all rows that are so; with `of` 1, the base's hits.
+def such(rows: Sequence[Mapping[str, Any]], rate: str, **where: object) -> list[Mapping[str, Any]]:
+    """The rows that are so and have that rate.
 
     Raises:
         NotMeasured: There are none.
     """
-    some = [r["counts"][rate] for r in rows if all(r[k] == v for k, v in where.items()) and rate in r["counts"]]
+    some = [r for r in rows if all(r[k] == v for k, v in where.items()) and rate in r["counts"]]
     if not some:
         raise NotMeasured(rate)
-    return sum(c[of] for c in some) / sum(c[2] for c in some)
+    return some
+
+
+def share(rows: Sequence[Mapping[str, Any]], rate: str, *, of: int = 0) -> float:
+    """Hits over pictures of all rows; with `of` 1, the base's hits."""
+    return sum(r["counts"][rate][of] for r in rows) / sum(r["counts"][rate][2] for r in rows)
+
+
+def changes(rows: Sequence[Mapping[str, Any]], rate: str) -> dict[str, float]:
+    """Of each target, how far a rate is from the base's."""
+    return {r["target"]: share([r], rate) - share([r], rate, of=1) for r in rows}
 
 
 FEWEST = 5
 """Targets whose average says something."""
 
 
-def targets(rows: Sequence[Mapping[str, Any]], **where: object) -> int:
-    """How many targets have rows that are so."""
-    return len({r["target"] for r in rows if all(r[k] == v for k, v in where.items())})
-
-
-def changes(rows: Sequence[Mapping[str, Any]], rate: str, **where: object) -> dict[str, float]:
-    """Of each target that has rows that are so, how far a rate is from the base's."""
-    some = [r for r in rows if all(r[k] == v for k, v in where.items()) and rate in r["counts"]]
-    return {r["target"]: (r["counts"][rate][0] - r["counts"][rate][1]) / r["counts"][rate][2] for r in some}
-
-
 def higher(these: Mapping[str, float], others: Mapping[str, float]) -> Verdict:
     """Whether these are above the others, target by target: the interval of the mean difference lies on one side of 0."""
-    between = [these[t] - others[t] for t in these if t in others]
-    if len(between) < FEWEST:
+    if len(these.keys() & others.keys()) < FEWEST:
         return None
-    low, high = cluster_bootstrap(between, range(len(between)))
-    return True if low > 0 else False if high < 0 else None
+    between = more_by(these, others)
+    return True if between.low > 0 else False if between.high < 0 else None
 
 
 def apart(these: Mapping[str, float], others: Mapping[str, float]) -> Verdict:
@@ -139,14 +138,13 @@ ESD = {"method": "ESD-x, fine-tuned", "strength": 1.0}
 
 def styles_and_objects(found: Measured) -> Told:
     """F1 (Zhang et al. 2024, UnlearnCanvas: 98.6, 81.0, 94.0 of styles, 92.2, 55.8, 44.2 of objects)."""
-    kinds, rates = ("style", "object"), ("UA", "IRA", "CRA")
-    shares = {kind: [share(found.benchmark, r, kind=kind, **ESD) for r in rates] for kind in kinds}
-    style, thing = ({r: changes(found.benchmark, r, kind=kind, **ESD) for r in rates} for kind in kinds)
+    rates = ("UA", "IRA", "CRA")
+    rows = {kind: such(found.benchmark, "UA", kind=kind, **ESD) for kind in ("style", "object")}
+    style, thing = ({r: changes(some, r) for r in rates} for some in rows.values())
     lower = [higher(style["CRA"], style["IRA"]), *(apart(style[r], thing[r]) for r in ("IRA", "CRA"))]
     said = [
-        f"{targets(found.benchmark, kind=kind, **ESD)} {kind}s: "
-        + ", ".join(f"{r} {100 * v:.1f}" for r, v in zip(rates, shares[kind], strict=True))
-        for kind in kinds
+        f"{len(some)} {kind}s: {', '.join(f'{r} {100 * share(some, r):.1f}' for r in rates)}"
+        for kind, some in rows.items()
     ]
     return every(lower), "; ".join(said)
 
@@ -170,13 +168,13 @@ def by_inversion(found: Measured, *, guards: bool) -> Told:
 
 def presets(found: Measured) -> Told:
     """F3 (Schramowski et al. 2023)."""
-    strengths, rates = (1, 2, 3, 4), ("UA", "kept")
-    by_preset = [{r: changes(found.benchmark, r, method="SLD", strength=k) for r in rates} for k in strengths]
-    steps = itertools.pairwise(by_preset)
-    verdicts = [v for a, b in steps for v in (higher(b["UA"], a["UA"]), higher(a["kept"], b["kept"]))]
-    shares = [[share(found.benchmark, r, method="SLD", strength=k) for r in rates] for k in strengths]
-    figures = ", ".join(f"UA {100 * ua:.1f} kept {100 * kept:.1f}" for ua, kept in shares)
-    return every(verdicts), f"{targets(found.benchmark, method='SLD')} targets: {figures}"
+    rows = [such(found.benchmark, "UA", method="SLD", strength=k) for k in (1, 2, 3, 4)]
+    erased, kept = ([changes(some, r) for some in rows] for r in ("UA", "kept"))
+    verdicts = [higher(b, a) for a, b in itertools.pairwise(erased)] + [
+        higher(a, b) for a, b in itertools.pairwise(kept)
+    ]
+    figures = ", ".join(f"UA {100 * share(some, 'UA'):.1f} kept {100 * share(some, 'kept'):.1f}" for some in rows)
+    return every(verdicts), f"{len(rows[0])} targets: {figures}"
 
 
 def completed(found: Measured) -> Told:
@@ -220,13 +218,11 @@ def resurged(found: Measured) -> Told:
 
 def neighbours(found: Measured) -> Told:
     """F8 (Amara et al. 2025, EraseBench): of the objects and styles that have neighbours, beside the base's own rates."""
-    rows = [row for row in found.benchmark if "near" in row["counts"]]
-    near, far = (share(rows, group, **ESD) for group in ("near", "far"))
-    near_base, far_base = (share(rows, group, of=1, **ESD) for group in ("near", "far"))
-    of = targets(rows, **ESD)
-    figures = f"{100 * near:.1f} of the base's {100 * near_base:.1f}, others {100 * far:.1f} of {100 * far_base:.1f}"
-    said = f"{of} targets: neighbours {figures}"
-    return higher(*(changes(rows, group, **ESD) for group in ("far", "near"))), said
+    rows = such(found.benchmark, "near", **ESD)
+    near, far = ([100 * share(rows, group, of=of) for of in (0, 1)] for group in ("near", "far"))
+    figures = f"neighbours {near[0]:.1f} of the base's {near[1]:.1f}, others {far[0]:.1f} of {far[1]:.1f}"
+    said = f"{len(rows)} targets: {figures}"
+    return higher(changes(rows, "far"), changes(rows, "near")), said
 
 
 FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
