@@ -847,16 +847,9 @@ def _find(reference: str) -> Patch:
 
 
 def _place(reference: str) -> Path:
-    """Where the patch of a reference is: a folder, a file, or what the Hub has under that name.
-
-    Raises:
-        PatchError: It has a weight.
-    """
+    """Where the patch of a reference is: a folder, a file, or what the Hub has under that name."""
     if Path(reference).exists():
         return Path(reference)
-    path, _, _ = reference.rpartition(":")
-    if path and Path(path).exists():
-        raise PatchError(f"{reference}: no weight can be told like that here (eval has --weight); write {path}")
     _quiet_hub(quiet=False)
     from esd_lora.hub import place_of
 

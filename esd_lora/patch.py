@@ -303,6 +303,9 @@ def _opened(path: str | Path) -> tuple[Path, TensorFile, dict[str, Any]]:
     path = Path(path)
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
+        weighted, _, _ = str(path).rpartition(":")
+        if weighted and Path(weighted).exists():
+            raise PatchError(f"{path}: no weight can be told like that here (eval has --weight); write {weighted}")
         raise PatchError(f"{path}: no patch here; a patch is a folder with {FILE_NAME}, or such a file")
     store = TensorFile(file)
     info = read_info(file, store.metadata.get("esd_lora", "{}"))
