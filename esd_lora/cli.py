@@ -66,6 +66,7 @@ RecipeFile = Annotated[str | None, typer.Argument(help="A recipe: a YAML file, o
 Erase = Annotated[list[str] | None, typer.Option(help="A concept to erase, in words; repeat for several.")]
 From = Annotated[str | None, typer.Option("--from", help="Erase the concept from this prompt only.")]
 ReplaceWith = Annotated[str | None, typer.Option(help="Draw this instead of the concept.")]
+MOST = 1e6  # what is not a number of a guidance scale, infinity, is above it
 AGAINST = "sld, negative-prompt, separate-negative, filter, esd-x, esd-u, leco, uce."
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of a recipe.")]
 
@@ -197,7 +198,7 @@ def generate(
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next ones count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance.")] = 7.5,
+    guidance_scale: Annotated[float, typer.Option(min=1, max=MOST, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
     device: DeviceName = None,
@@ -305,8 +306,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Pictures of each cell of the erased concept. Default: 200 in all.")
     ] = None,
     kept_seeds: Annotated[int, typer.Option(min=1, help="Pictures of every other cell.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a report's pictures.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Of a report's pictures.")] = 7.5,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of a report's pictures.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(min=0, max=MOST, help="Of a report's pictures.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Of a report's pictures. Default: the base's.")] = None,
     revision: Revision = None,
     device: DeviceName = None,
@@ -349,8 +350,12 @@ def evaluate(
         return
     from esd_lora.report import measure_patches, score_table
 
-    if base != "emoji" or answers or against or gold or weight:
-        raise RecipeError("--answers, --against, --gold, --weight and bases other than emoji need --out, for a report")
+    of_reports = (answers, against, gold, weight, revision, resolution, evaluator, steps, guidance_scale)
+    if base != "emoji" or of_reports != (None, None, None, None, None, None, "emoji", 20, 7.5):
+        raise RecipeError(
+            "--answers, --evaluator, --against, --gold, --weight, --steps, --guidance-scale, --resolution, --revision and "
+            "bases other than emoji need --out, for a report"
+        )
     model = _base(base, device=device, dtype=dtype)
     with _progress("evaluate", None, quiet=quiet) as step:
         scores = measure_patches(model, loaded, on_picture=lambda n, of: step(n, None, of), **how)
@@ -440,8 +445,8 @@ def attack(
         int | None, typer.Option("-n", min=1, help="Pictures of each attack and control. Default: 48.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few pictures and short training, for a first look.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 7.5,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(min=0, max=MOST, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 32,
     revision: Revision = None,

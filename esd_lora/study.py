@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 COLUMNS = ["reader", "item", "answer", "milliseconds"]
 SCALE = 5
 """The highest answer; the lowest is 1."""
+BARE = "base"
+"""The method that is the base alone."""
 
 
 class Question(NamedTuple):
@@ -137,13 +139,18 @@ def draw_questions(
 
     Raises:
         PatchError: A patch does not fit.
+        UserError: A patch has the name of the base among the methods.
     """
+    if BARE in patches:
+        raise UserError(
+            f"--patch {BARE}: is what a study calls the base alone; name the patch otherwise, as in ./{BARE}"
+        )
     from esd_lora.compose import attached  # scoring, which draws nothing, does without torch
     from esd_lora.pictures import generate
 
     every = [(p, seed + k) for p in prompts for k in range(n)]
     questions = []
-    ways: dict[str, list[tuple[Patch, float]]] = {"base": [], **{name: [added] for name, added in patches.items()}}
+    ways: dict[str, list[tuple[Patch, float]]] = {BARE: [], **{name: [added] for name, added in patches.items()}}
     for method, added in ways.items():
         with attached(base, [patch for patch, _ in added], [weight for _, weight in added]):
             pictures = generate(base, [p for p, _ in every], [s for _, s in every], on_batch=on_batch)

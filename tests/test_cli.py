@@ -494,7 +494,10 @@ def test_generate_refuses_in_one_line_and_leaves_nothing(
     assert list(Path().iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["--dtype", "fp8"], ["-n", "0"], ["--seed", "-1"], ["--guidance-scale", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--dtype", "fp8"], ["-n", "0"], ["--seed", "-1"], ["--guidance-scale", "0"], ["--guidance-scale", "inf"]],
+)
 def test_generate_refuses_values_out_of_range(call: Call, tiny_folder: Path, arguments: list[str]) -> None:
     result = call("generate", "--base", tiny_folder, "--prompt", "cat", "--out", "out", *arguments)
     assert (result.code, result.out) == (2, "")

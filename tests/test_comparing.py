@@ -425,8 +425,11 @@ def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, ca
     [
         (
             ["--against", "sld"],
-            "--answers, --against, --gold, --weight and bases other than emoji need --out, for a report",
+            "--answers, --evaluator, --against, --gold, --weight, --steps, --guidance-scale, --resolution, --revision and bases "
+            "other than emoji need --out, for a report",
         ),
+        (["--evaluator", "nonsense"], "--answers, --evaluator, "),
+        (["--steps", "3"], "--answers, --evaluator, "),
         (
             ["--out", "report", "--answers", "none.yaml"],
             "none.yaml: cannot read the answer set: No such file or directory",

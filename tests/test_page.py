@@ -23,7 +23,7 @@ from conftest import Call
 from PIL import Image, ImageDraw, ImageFilter
 
 from esd_lora.errors import OutputError, UserError
-from esd_lora.evaluate.page import write_page
+from esd_lora.evaluate.page import make_report, points_of, versus, write_page
 
 # ---- sample data: an evaluation as it might come out --------------------------------------------------------------
 
@@ -382,6 +382,16 @@ def differing(hits: list[list[bool]]) -> str:
     return f"{100 * (b - c) / len(hits):+.1f} p {shown}, n {len(hits)}"
 
 
+def test_pictures_of_one_prompt_have_an_interval_too() -> None:
+    """Of one prompt alone its seeds are drawn again: a point would say that nothing is left to chance."""
+    values = sample()
+    rows = [{**row, "prompt": "a cat" if row["group"] == "target" else row["prompt"]} for row in values["rows"]]
+    points = {p.key: p for p in points_of(make_report({**values, "rows": rows}))}
+    found = versus(points["patch@1"], points["negative prompt@1"])
+    assert found is not None
+    assert found.erased.low < found.erased.difference < found.erased.high
+
+
 def right(row: dict[str, Any], kind: str) -> bool:
     return bool(row["seen"][kind] == row["wanted"][kind])
 
@@ -699,6 +709,20 @@ def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path
         assert call("report", tmp_path).code == 0
         page = (tmp_path / "report.html").read_text()
         assert ("found beside it" in page, "are on another patch" in page) == (fits, not fits)
+    hashes = {"fingerprint": values["made"]["hashes"]["base"], "evaluator digest": "e" * 64}
+    values["made"]["hashes"]["evaluator"] = "e" * 64
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    dog = {"kind": "object", "label": "dog"}
+    for more, other in [
+        ({"settings": hashes, "target": values["target"]}, ""),
+        ({"settings": hashes, "target": dog}, "target"),
+        ({"settings": {**hashes, "fingerprint": "f" * 64}}, "base"),
+        ({"settings": {**hashes, "evaluator digest": "f" * 64}}, "evaluator"),
+    ]:
+        (tmp_path / "attacks.json").write_text(json.dumps({**evidence, **more}))
+        assert call("report", tmp_path).code == 0
+        page = (tmp_path / "report.html").read_text()
+        assert ("found beside it" in page, f"are on another {other}" in page) == (not other, bool(other))
     for text, message in [
         ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("[]", "not a report, which is a JSON object"),

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -352,10 +353,15 @@ def test_a_study_is_drawn_and_scored_by_the_command_line(call: Call, tiny_folder
 
 def test_what_a_study_cannot_do_is_one_line(call: Call, tiny_folder: Path, patch_folder: Path) -> None:
     drawn = ["--base", tiny_folder, "--patch", patch_folder, "--prompt", "a cat", "--quiet"]
+    shutil.copytree(patch_folder, "base")
     for options, message in [
         (drawn[:-3], "name --base, --patch and --prompt to write a study, or --score to score one"),
         ([*drawn, "--reference", "none.png"], "none.png: not a picture that can be read"),
         ([*drawn[:-3], "--prompt", " "], "--prompt: must not be empty"),
+        (
+            [*drawn, "--patch", "base"],
+            "--patch base: is what a study calls the base alone; name the patch otherwise, as in ./base",
+        ),
         (["--score", "a.csv"], "people/key.json: cannot read the key: No such file or directory"),
     ]:
         told = call("study", "people", *options)

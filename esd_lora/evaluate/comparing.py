@@ -24,7 +24,7 @@ from torch import Tensor
 from esd_lora import processes
 from esd_lora.bases import Base, load_base, pick_device
 from esd_lora.emoji.evaluators import load_evaluator
-from esd_lora.errors import RecipeError
+from esd_lora.errors import BaseModelError, RecipeError
 from esd_lora.evaluate.answers import (
     Answers,
     Ask,
@@ -224,6 +224,7 @@ def compare(
     Raises:
         PatchError: A patch does not fit the base.
         RecipeError: The base cannot draw pictures of a resolution.
+        BaseModelError: The base's pictures are all alike.
         OutputError: The folder cannot be written to.
     """
     asks = comparison.answers.asks
@@ -457,8 +458,11 @@ def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers
     how: dict[str, Any] = vars(comparison.sampling)
     again = draw_answers(base, asks, folder / "again", batch_size=5, **how)
     other = draw_answers(base, [replace(a, seed=a.seed ^ OTHER) for a in asks], folder, **how)
-    floor, ceiling = (comparison.moved([before[a] for a in asks], pictures) for pictures in (again, other))
-    return Rulers(floor=floor.mean().item(), ceiling=ceiling.mean().item(), n=len(asks))
+    moved = (comparison.moved([before[a] for a in asks], pictures) for pictures in (again, other))
+    floor, ceiling = (drifts.mean().item() for drifts in moved)
+    if ceiling <= floor:
+        raise BaseModelError(f"{base.name}: draws the same pictures of any noise, so that nothing can be compared")
+    return Rulers(floor=floor, ceiling=ceiling, n=len(asks))
 
 
 def _distances(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.Image]) -> list[Measure]:
@@ -486,7 +490,7 @@ def denoise_gaps(comparison: Comparison, way: Way, before: Mapping[Ask, Image.Im
             gap = denoise_gap(base, setting.patches, [a.prompt for a in asks], x_0, weights=setting.weights)
             for words, values in (("their prompts", gap.asked), ("the empty prompt", gap.empty)):
                 about = f"denoise gap of {group} pictures, by {words}"
-                low, high = cluster_bootstrap(values.tolist(), [a.prompt for a in asks])
+                low, high = cluster_bootstrap(values.tolist(), [(a.prompt, a.seed) for a in asks])
                 spread = {"value": values.mean().item(), "low": low, "high": high, "n": len(asks)}
                 found.append(Measure(method=way.method.name, strength=way.default, about=about, **spread))
     return found

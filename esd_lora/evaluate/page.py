@@ -299,7 +299,9 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def with_attacks(report: Mapping[str, Any], folder: Path) -> Report:
-    """The validated document, with the attacks that stand in its folder if they are on the patch that it is about, alone.
+    """The validated document, with the attacks that stand in its folder if they are on what it is about.
+
+    That is its patch alone at its weight, on its base, for its target, judged by its evaluator.
 
     Raises:
         UserError: The document is wrong, or the attacks cannot be read.
@@ -308,16 +310,23 @@ def with_attacks(report: Mapping[str, Any], folder: Path) -> Report:
     if not (folder / ATTACKS).is_file():
         return document
     evidence = _read_json(folder / ATTACKS)
-    subject = document.shown[0]
-    about = next(m.digest for m in document.methods if m.name == subject.method)
-    if about and evidence.get("patches") and not _is_on(evidence["patches"], about, subject.strength):
-        return make_report({**report, "left_out": {"attacks": f"those in {ATTACKS} are on another patch or weight"}})
+    if others := _unlike(document, evidence):
+        return make_report({**report, "left_out": {"attacks": f"those in {ATTACKS} are on another {others[0]}"}})
     return make_report({**report, "attacks": evidence.get("attacks", []), "left_out": evidence.get("left_out", {})})
 
 
-def _is_on(patches: Sequence[Mapping[str, Any]], digest: str, weight: float) -> bool:
-    """Whether what was attacked is this patch alone, at this weight."""
-    return [(p.get("digest"), p.get("weight")) for p in patches] == [(digest, weight)]
+def _unlike(document: Report, evidence: Mapping[str, Any]) -> list[str]:
+    """What attacks were made on or judged by that is not the document's own, where both tell."""
+    subject, hashes, settings = document.shown[0], document.made.hashes, evidence.get("settings", {})
+    digest = next(m.digest for m in document.methods if m.name == subject.method)
+    attacked = [(p.get("digest"), p.get("weight")) for p in evidence.get("patches", ())]
+    pairs = {
+        "patch or weight": ([(digest, subject.strength)] if digest else [], attacked),
+        "target": (document.target.model_dump(), evidence.get("target")),
+        "base": (hashes.get("base"), settings.get("fingerprint")),
+        "evaluator": (hashes.get("evaluator"), settings.get("evaluator digest")),
+    }
+    return [name for name, (ours, theirs) in pairs.items() if ours and theirs and ours != theirs]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -436,7 +445,7 @@ def versus(subject: Point, other: Point) -> Versus | None:
 
     def compared(asks: bool, hit: Asked) -> Paired:
         some = [(a, b) for a, b in pairs if _asks(a) == asks]
-        return paired([hit(a) for a, _ in some], [hit(b) for _, b in some], [a.prompt for a, _ in some])
+        return paired([hit(a) for a, _ in some], [hit(b) for _, b in some], [(a.prompt, a.seed) for a, _ in some])
 
     if {_asks(a) for a, _ in pairs} != {True, False}:
         return None
