@@ -46,6 +46,12 @@ OnBase = Annotated[str, typer.Option("--base", help=BASE)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")]
 DeviceName = Annotated[str | None, typer.Option(help="Default: the first of cuda, mps, cpu that is there.")]
 Precision = Literal["fp32", "bf16", "fp16"]
+TargetOf = Annotated[
+    str | None,
+    typer.Option(
+        "--target", metavar="KIND:LABEL", help="What was erased, where --answers, such as a CSV, does not tell."
+    ),
+]
 DTypeName = Annotated[Precision, typer.Option(help="Precision of the base.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no hints.")]
@@ -290,9 +296,16 @@ def evaluate(
         Path | None, typer.Option(help="Folder for a report: all pictures, report.json, report.html.")
     ] = None,
     answers: Annotated[Path | None, typer.Option(help="Answer set, YAML or CSV. Default: the grid of emoji.")] = None,
+    target: TargetOf = None,
     evaluator: Annotated[
         str, typer.Option(help="emoji, clip:MODEL, imagenet:MODEL, nudenet[:PROFILE] or open-nsfw.")
     ] = "emoji",
+    clip_score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="A CLIP, folder or Hub id, that scores how well kept pictures fit their prompts."
+        ),
+    ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
@@ -331,11 +344,13 @@ def evaluate(
     dtype = dtype or quick_dtype(device)
     if out:
         how |= {"revision": revision, "device": device, "dtype": dtype, "weights": weight or [1.0]}
-        how |= {"answers": answers, "evaluator": evaluator, "against": against or [], "gold": gold}
+        how |= {"answers": answers, "evaluator": evaluator, "against": against or [], "gold": gold, "clip": clip_score}
         from esd_lora import processes
+        from esd_lora.evaluate.answers import target_named
         from esd_lora.evaluate.comparing import Sampling, evaluate_patches
         from esd_lora.evaluate.page import make_report, points_of, rate_table
 
+        how["target"] = target_named(target) if target else None
         sampling = Sampling(steps=steps, guidance_scale=guidance_scale, resolution=resolution)
         command = shlex.join(["esd-lora", *sys.argv[1:]])
         with _progress("evaluate", None, quiet=quiet) as step:
@@ -350,11 +365,11 @@ def evaluate(
         return
     from esd_lora.report import measure_patches, score_table
 
-    of_reports = (answers, against, gold, weight, revision, resolution, evaluator, steps, guidance_scale)
-    if base != "emoji" or of_reports != (None, None, None, None, None, None, "emoji", 20, 7.5):
+    of_reports = (answers, target, clip_score, against, gold, weight, revision, resolution)
+    if base != "emoji" or any(of_reports) or (evaluator, steps, guidance_scale) != ("emoji", 20, 7.5):
         raise RecipeError(
-            "--answers, --evaluator, --against, --gold, --weight, --steps, --guidance-scale, --resolution, --revision and "
-            "bases other than emoji need --out, for a report"
+            "--answers, --target, --evaluator, --clip-score, --against, --gold, --weight, --steps, --guidance-scale, "
+            "--resolution, --revision and bases other than emoji need --out, for a report"
         )
     model = _base(base, device=device, dtype=dtype)
     with _progress("evaluate", None, quiet=quiet) as step:
@@ -435,6 +450,7 @@ def attack(
     merged: Annotated[bool, typer.Option("--merged", help="Attack the base with the patches in its weights.")] = False,
     gold: Annotated[Path | None, typer.Option(help="A base trained without the concept: the zero line.")] = None,
     answers: Annotated[Path | None, typer.Option(help="Answer set, YAML or CSV. Default: the grid of emoji.")] = None,
+    target: TargetOf = None,
     evaluator: Annotated[
         str | None, typer.Option(help="emoji, clip:MODEL, imagenet:MODEL, nudenet[:PROFILE] or open-nsfw.")
     ] = None,
@@ -463,7 +479,9 @@ def attack(
     how: dict[str, Any] = {"answers": answers, "evaluator": evaluator or "emoji", "words": concept or ()}
     how["gold"] = _base(str(gold), device=device, dtype=dtype) if gold else None
     from esd_lora.evaluate import comparing, suite
+    from esd_lora.evaluate.answers import target_named
 
+    how["target"] = target_named(target) if target else None
     sampling = comparing.Sampling(steps=steps, guidance_scale=guidance_scale, resolution=resolution)
     budget = suite.budget_of(n, quick=quick, sampling=sampling, batch_size=batch_size)
     erasure = suite.erasure_of(model, *loaded, merged=merged, budget=budget, **how)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_checked, save_tiny
+from tiny import save_checked, save_clip, save_tiny
 from torch import Tensor
 
 from esd_lora import cli
@@ -52,6 +52,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checked(tmp_path_factory.mktemp("checked"))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from esd_lora.evaluate.comparing import (
     ways_of,
 )
 from esd_lora.evaluate.drift import kid
-from esd_lora.evaluate.evaluators import Seen
+from esd_lora.evaluate.evaluators import Clip, Seen
 from esd_lora.evaluate.page import Method, Row, make_report, points_of, write_page
 from esd_lora.evaluate.ways import BASELINES, Subject, baseline_way
 from esd_lora.folder import locked
@@ -270,14 +270,14 @@ def test_what_cannot_be_compared_is_one_line(subject: Subject, base: Base, patch
         questions("some/base", patch, None)
     path, told = tmp_path / "set.yaml", replace(patch, info={"recipe": {"concepts": [{"erase": "church"}]}})
     path.write_text("prompts: [{prompt: a church, wanted: {object: church}}]\n")
-    with pytest.raises(RecipeError, match="names no target, such as"):
+    with pytest.raises(RecipeError, match="names no target; give --target KIND:LABEL, such as object:church"):
         evaluate_patches("some/base", {"cat": patch}, tmp_path, answers=path, command="")
     path.write_text("target: {kind: object, label: church}\n" + path.read_text())
     with pytest.raises(
         RecipeError, match=r"^--evaluator emoji: does not know the object church; it has object: 21 labels"
     ):
         judge_of("emoji", questions("some/base", patch, path))
-    with pytest.raises(RecipeError, match=r"set.yaml: every prompt asks for the target; a report needs others too"):
+    with pytest.raises(RecipeError, match=r"set.yaml: no prompt wants something else than the target; a report"):
         evaluate_patches("some/base", {"cat": told}, tmp_path, answers=path, command="")
     dog = "{prompt: a dog, wanted: {object: dog}, seeds: [7]}"
     path.write_text(path.read_text().replace("}}]", f"}}}}, {dog}, {dog}]"))
@@ -288,6 +288,52 @@ def test_what_cannot_be_compared_is_one_line(subject: Subject, base: Base, patch
     hat = Patch(patch.tensors, {"recipe": {"concepts": [{"erase": "party hat", "from": "cat"}]}})
     with pytest.raises(RecipeError, match="no grid asks for it"):
         questions("emoji", hat, None)
+
+
+# ---- captions ----------------------------------------------------------------------------------------------------
+
+
+def test_a_csv_and_captions_are_answers_too(
+    tiny_folder: Path, patch_folder: Path, clip_folder: Path, call: Call
+) -> None:
+    """What a caption should show nobody says: it counts for drift, KID and the CLIP score, and for no rate."""
+    lines = [*(f"a cat,{k},cat" for k in range(3)), *(f"a dog,{k},dog" for k in range(4)), "a man riding a wave,7,"]
+    Path("set.csv").write_text("\n".join(["caption,seed,class", *lines]))
+    given = [
+        "eval",
+        "--base",
+        tiny_folder,
+        "--patch",
+        patch_folder,
+        "--answers",
+        "set.csv",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
+    more = ["--target", "object:cat", "--clip-score", clip_folder, "--steps", 2, "--out", "report", "--dtype", "fp32"]
+    told = call(*given, *more)
+    assert (told.code, told.err) == (0, "")
+    report = make_report(json.loads(Path("report/report.json").read_text()))
+    points, fits = points_of(report), {(f.method, f.strength): f for f in report.fits}
+    bare, subject = points[:2]
+    assert (bare.erased.n, bare.kept.n, bare.ira and bare.ira.n, bare.cra, len(bare.rows)) == (3, 4, 4, None, 8)
+    assert [p.kept.n for p in points] == [4] * len(points)  # of controls too, which draw some
+    kept = [r for r in subject.rows if r.group != "target"]
+    assert [dict(r.wanted) for r in kept] == [{"object": "dog"}] * 4 + [{}]
+    pictures = [Image.open(Path("report") / str(r.picture)) for r in kept]
+    scores = Clip(clip_folder).clip_scores(pictures, [r.prompt for r in kept])
+    found = fits[subject.method.name, subject.strength]
+    assert found.n == 5
+    assert found.value == pytest.approx(sum(scores) / 5, abs=1e-4)  # the same network on the same pictures
+    assert found.low < found.value < found.high
+    assert fits.keys() >= {("base", 0.0), ("random", 1.0)}
+    assert "CLIP score is 100 · cos" in Path("report/report.html").read_text()
+    seen = {line["picture"]: line for line in map(json.loads, Path("report/seen.jsonl").read_text().splitlines())}
+    assert seen.keys() == {r.picture for p in points for r in p.rows}
+    for row in subject.rows:
+        scores_of = seen[str(row.picture)]["object"]
+        assert max(scores_of, key=scores_of.__getitem__) == row.seen["object"]
 
 
 # ---- safety checkers ---------------------------------------------------------------------------------------------
@@ -425,11 +471,16 @@ def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, ca
     [
         (
             ["--against", "sld"],
-            "--answers, --evaluator, --against, --gold, --weight, --steps, --guidance-scale, --resolution, --revision and bases "
-            "other than emoji need --out, for a report",
+            "--answers, --target, --evaluator, --clip-score, --against, --gold, --weight, --steps, --guidance-scale, "
+            "--resolution, --revision and bases other than emoji need --out, for a report",
         ),
-        (["--evaluator", "nonsense"], "--answers, --evaluator, "),
-        (["--steps", "3"], "--answers, --evaluator, "),
+        (["--evaluator", "nonsense"], "--answers, --target, "),
+        (["--steps", "3"], "--answers, --target, "),
+        (
+            ["--out", "report", "--target", "cat"],
+            "--target cat: must be KIND:LABEL, as an evaluator names them, such as ",
+        ),
+        (["--out", "report", "--target", "object:cat"], "--target: goes with --answers; without, the target is what"),
         (
             ["--out", "report", "--answers", "none.yaml"],
             "none.yaml: cannot read the answer set: No such file or directory",

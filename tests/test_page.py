@@ -342,7 +342,8 @@ def recount(report: dict[str, Any]) -> dict[str, str]:
         most = [(x, k) for x, k in seen.most_common() if x != "cat"][:2]
         want |= {
             f"erased {name}": figure([not right(r, "object") for r in asks]),
-            f"kept {name}": figure([right(r, "object") and right(r, "style") for r in others]),
+            f"kept {name}": figure([whole(r) for r in others]),
+            f"retained {name}": f"{sum(map(whole, others)) / sum(map(whole, bare_of(places, others))):.3f}",
             f"ira {name}": figure([right(r, "object") for r in others]),
             f"cra {name}": figure([right(r, "style") for r in first_six]),
             f"at target {name}": figure([right(r, "style") for r in asks]),
@@ -363,11 +364,7 @@ def recount(report: dict[str, Any]) -> dict[str, str]:
             pairs = list(zip(places["patch@1"], rows, strict=True))
             sides = {
                 "erased": [[not right(r, "object") for r in pair] for pair in pairs if pair[0]["group"] == "target"],
-                "kept": [
-                    [right(r, "object") and right(r, "style") for r in pair]
-                    for pair in pairs
-                    if pair[0]["group"] != "target"
-                ],
+                "kept": [[whole(r) for r in pair] for pair in pairs if pair[0]["group"] != "target"],
             }
             want |= {f"beside {what} {name}": differing(hits) for what, hits in sides.items()}
         want |= {f"replaced {x}": f"{100 * k / 96:.1f} % / {k}" for x, k in seen.items() if name == "patch@1"}
@@ -390,6 +387,16 @@ def test_pictures_of_one_prompt_have_an_interval_too() -> None:
     found = versus(points["patch@1"], points["negative prompt@1"])
     assert found is not None
     assert found.erased.low < found.erased.difference < found.erased.high
+
+
+def whole(row: dict[str, Any]) -> bool:
+    return right(row, "object") and right(row, "style")
+
+
+def bare_of(places: dict[str, list[dict[str, Any]]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The base's rows of the same prompts and seeds."""
+    bare = {(r["prompt"], r["seed"]): r for r in places["base@0"]}
+    return [bare[r["prompt"], r["seed"]] for r in rows]
 
 
 def right(row: dict[str, Any], kind: str) -> bool:

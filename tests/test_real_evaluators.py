@@ -18,10 +18,8 @@ import pytest
 import torch
 from matplotlib import cbook
 from PIL import Image
-from tiny import tiny_clip, tiny_tokenizer
+from tiny import tiny_tokenizer
 from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     ConvNextImageProcessorPil,
     ResNetConfig,
@@ -60,24 +58,6 @@ def noise(n: int, *, width: int = 40, height: int = 48) -> Pictures:
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (n, 6, 5, 3), dtype=np.uint8)
     return [Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC) for c in coarse]
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = CLIPConfig(
-        text_config=tiny_clip(tokenizer).to_dict(),
-        vision_config={**vision, "image_size": 32, "patch_size": 8, "projection_dim": 24},
-        projection_dim=24,
-        initializer_factor=20.0,  # so that random features are far apart
-    )
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

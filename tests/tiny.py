@@ -28,6 +28,7 @@ from PIL import Image
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -252,3 +253,20 @@ def checked_by(folder: Path, pictures: Sequence[Image.Image]) -> list[bool]:
     processor = CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor")
     given = (processor([picture], return_tensors="pt").pixel_values for picture in pictures)
     return [not checker(clip_input=pixels, images=torch.zeros(1, 1))[1][0] for pixels in given]
+
+
+def save_clip(folder: Path) -> Path:
+    """The folder, with a small random CLIP in it."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = CLIPConfig(
+        text_config=tiny_clip(tokenizer).to_dict(),
+        vision_config={**vision, "image_size": 32, "patch_size": 8, "projection_dim": 24},
+        projection_dim=24,
+        initializer_factor=20.0,  # so that random features are far apart
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder

@@ -61,8 +61,8 @@ class Target(BaseModel):
 class Ask:
     """One picture of an answer set.
 
-    wanted: Kind → label that the picture should show, such as {"object": "cat", "style": "neon"}; empty where nothing is
-        looked for.
+    wanted: Kind → label that the picture should show, such as {"object": "cat", "style": "neon"}; empty for a caption, whose
+        picture counts for how far pictures move and for the CLIP score, and for no rate.
     group: Whether it shows what was erased, something near it, or neither.
     guidance_scale, resolution: Of this picture alone; None for those of all.
     """
@@ -99,8 +99,20 @@ def target_of(answers: Answers, *, source: object) -> Target:
         RecipeError: It names none; `source` is where it comes from.
     """
     if answers.target is None:
-        raise RecipeError(f"{source}: names no target, such as `target: {{kind: object, label: church}}`")
+        raise RecipeError(f"{source}: names no target; give --target KIND:LABEL, such as object:church")
     return answers.target
+
+
+def target_named(text: str) -> Target:
+    """The target of `KIND:LABEL`.
+
+    Raises:
+        RecipeError: It is not of this form.
+    """
+    kind, _, label = (part.strip() for part in text.partition(":"))
+    if not kind or not label:
+        raise RecipeError(f"--target {text}: must be KIND:LABEL, as an evaluator names them, such as object:church")
+    return Target(kind=kind, label=label)
 
 
 def some_of(items: Sequence[T], n: int) -> Sequence[T]:

@@ -1,8 +1,11 @@
 """A comparison: every way draws the same answers from the same noise, and a report says what an evaluator saw.
 
     Answers, Ways ─► pictures/ ─ Evaluator ─► rows of a Report ─► report.json ─► report.html
+                                 └──────────► seen.jsonl
 
 Pictures are drawn once and kept, so that a comparison that was interrupted goes on, and one that grows draws what is new.
+`seen.jsonl` has for each picture all that its labels came from, such as NudeNet's boxes with their scores, so that it can be
+counted in any other way.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from esd_lora.evaluate.answers import (
     target_of,
 )
 from esd_lora.evaluate.drift import Features, denoise_gap, drift, feature_maps, kid, latents_of, pixel_drift, pooled
-from esd_lora.evaluate.evaluators import Evaluator, Featured, load_evaluator_by_name
+from esd_lora.evaluate.evaluators import Clip, Evaluator, Featured, load_evaluator_by_name
 from esd_lora.evaluate.page import Measure, Method, Place, Row, Rulers, write_page
 from esd_lora.evaluate.rates import cluster_bootstrap
 from esd_lora.evaluate.ways import Setting, Subject, Way, baseline_way, control_ways, gold_way, patch_way
@@ -51,6 +54,9 @@ from esd_lora.training import COST, read_cost, versions
 
 CONTROLS, RULED, PAIRED = 48, 24, 2000
 """Pictures that each control is drawn for, that each end of the drift's ruler is measured on, and that KID is of at most."""
+
+SEEN = "seen.jsonl"
+"""The file of what evaluators say beyond labels, beside that of the report."""
 
 OTHER = 1 << 31
 """The bit that makes another seed of a seed: of the higher ones torch's generator on a CPU takes no notice."""
@@ -84,6 +90,7 @@ class Comparison:
     folder: Of the report and its pictures.
     sampling: How all pictures are drawn.
     gaps: Whether the denoise gap of patches is measured, which takes 1,920 passes for each.
+    clip: Scores how well pictures that do not ask for the target fit their prompts; None does without.
     """
 
     base: Base
@@ -93,6 +100,7 @@ class Comparison:
     folder: Path
     sampling: Sampling = Sampling()
     gaps: bool = True
+    clip: Clip | None = None
 
     @cached_property
     def maps(self) -> Features | None:
@@ -124,7 +132,9 @@ def evaluate_patches(
     folder: Path,
     *,
     answers: Path | None = None,
+    target: Target | None = None,
     evaluator: str = "emoji",
+    clip: str | None = None,
     against: Sequence[str] = (),
     gold: Path | None = None,
     weights: Sequence[float] = (1.0,),
@@ -145,7 +155,9 @@ def evaluate_patches(
         patches: By where they are; all are judged by what the first one erases.
         folder: Of `report.json`, `report.html` and pictures; what is there is not made again.
         answers: A file; the embedded base has a set of its own.
+        target: What was erased, instead of what the file of answers says.
         evaluator: A name that `load_evaluator_by_name` takes.
+        clip: A CLIP that scores pictures, a folder or a Hub id.
         against: Names of `BASELINES`.
         gold: A base that was trained without the concept.
         weights: At which the patches are drawn.
@@ -161,12 +173,13 @@ def evaluate_patches(
     """
     first = next(iter(patches.values()))
     concept = subject_words(first)
-    asked = questions(base, first, answers, target_seeds=target_seeds, kept_seeds=kept_seeds)
+    asked = questions(base, first, answers, target=target, target_seeds=target_seeds, kept_seeds=kept_seeds)
     target = target_of(asked, source=answers or base)
     _check_comparable(asked, source=answers or base)
     device = str(pick_device(how.get("device") or processes.own_device()))
     how["device"] = device
     judge = judge_of(evaluator, asked, device=device)
+    scorer = Clip(clip, device=device) if clip else None
     model = load_base(base, **how)
     processes.join(model.device)
     subject = Subject(
@@ -181,7 +194,7 @@ def evaluate_patches(
     with shared(folder):
         ways = ways_of(subject, patches, weights=weights, against=against, gold=known)
         report = compare(
-            Comparison(model, asked, target, judge, folder, sampling),
+            Comparison(model, asked, target, judge, folder, sampling, clip=scorer),
             ways,
             title=f"{concept.erase}, erased from {base}",
             command=command,
@@ -195,10 +208,11 @@ def _check_comparable(answers: Answers, *, source: object) -> None:
     """Nothing, if a report can be made of the answers.
 
     Raises:
-        RecipeError: All ask for the target, or two pictures have the same prompt and seed.
+        RecipeError: None wants something else than the target, or two pictures have the same prompt and seed.
     """
-    if all(ask.group == "target" for ask in answers.asks):
-        raise RecipeError(f"{source}: every prompt asks for the target; a report needs others too, that should stay")
+    if not any(ask.wanted for ask in answers.asks if ask.group != "target"):
+        told = "a report needs others too, which say by `wanted`, or a column of a CSV, what they should show"
+        raise RecipeError(f"{source}: no prompt wants something else than the target; {told}")
     pairs = Counter((ask.prompt, ask.seed) for ask in answers.asks)
     (prompt, seed), count = pairs.most_common(1)[0]
     if count > 1:
@@ -210,7 +224,7 @@ def _check_comparable(answers: Answers, *, source: object) -> None:
 def compare(
     comparison: Comparison, ways: Sequence[Way], *, title: str, command: str, on_picture: OnPicture | None = None
 ) -> dict[str, Any]:
-    """A report as plain JSON values, which is also written as `report.json`.
+    """A report as plain JSON values, which is also written as `report.json`; details of what was seen go into `seen.jsonl`.
 
     All ways draw the same prompts from the same noise as the base; a control is drawn for `CONTROLS` of the answers.
 
@@ -229,24 +243,27 @@ def compare(
     """
     asks = comparison.answers.asks
     places = [(way, strength, _asks_of(way, asks)) for way in ways for strength in way.strengths]
-    total, done = len(asks) + sum(len(some) for _, _, some in places), 0
+    total = len(asks) + sum(len(some) for _, _, some in places)
+    rows: list[Row] = []
+    details: dict[str, Mapping[str, Any]] = {}
 
-    def judged(rows: list[Row]) -> list[Row]:
-        nonlocal done
-        done += len(rows)
+    def judge(drawn: Drawn) -> None:
+        seen = comparison.evaluator.see(drawn.pictures)
+        rows.extend(_rows(comparison, drawn, seen.labels, before))
+        details.update(zip(drawn.paths, seen.details, strict=True))
         if on_picture and processes.is_main():
-            on_picture(done, total)
-        return rows
+            on_picture(len(rows), total)
 
     bare_way = Way(BARE, (0.0,), lambda _: nullcontext(Setting(comparison.base)))
     bare = _drawn(comparison, bare_way, 0.0, asks)
     before = dict(zip(asks, bare.pictures, strict=True))
-    rows = judged(_rows(comparison, bare, before))
-    distances: list[Measure] = []
+    judge(bare)
+    distances, fits = [], _fits(comparison, bare)
     for place in places:
         found = _drawn(comparison, *place)
-        rows += judged(_rows(comparison, found, before))
+        judge(found)
         distances += _distances(comparison, found, before)
+        fits += _fits(comparison, found)
     report = {
         "schema": 1,
         "title": title,
@@ -258,9 +275,12 @@ def compare(
         "rows": [row.model_dump(mode="json", exclude_defaults=True) for row in rows],
         "rulers": _rulers(comparison, before).model_dump(),
         "distances": [m.model_dump() for m in distances],
+        "fits": [m.model_dump() for m in fits],
         "measures": [m.model_dump() for way in ways if comparison.gaps for m in denoise_gaps(comparison, way, before)],
         "made": made(comparison, command=command),
     }
+    lines = "".join(json.dumps({"picture": path, **told}) + "\n" for path, told in details.items())
+    processes.agreed(lambda: write_file(comparison.folder / SEEN, lines.encode()))
     processes.agreed(lambda: write_file(comparison.folder / "report.json", _json(report)))
     return report
 
@@ -317,7 +337,13 @@ def subject_words(patch: Patch) -> Concept:
 
 
 def questions(
-    base: str, patch: Patch, path: Path | None, *, target_seeds: int | None = None, kept_seeds: int = 2
+    base: str,
+    patch: Patch,
+    path: Path | None,
+    *,
+    target: Target | None = None,
+    target_seeds: int | None = None,
+    kept_seeds: int = 2,
 ) -> Answers:
     """The answer set of a file; without one, the embedded base's of the first concept that a patch erases, without its others.
 
@@ -325,6 +351,7 @@ def questions(
         base: Name of the model.
         patch: Erases the target.
         path: Of the file.
+        target: What was erased, instead of what the file says.
         target_seeds, kept_seeds: See `emoji_answers`.
 
     Raises:
@@ -332,16 +359,18 @@ def questions(
             not know the concept, or it is the accessory, which no grid asks for.
     """
     if path:
-        return read_answers(path)
+        return read_answers(path, target=target)
+    if target:
+        raise RecipeError("--target: goes with --answers; without, the target is what the patch erases")
     if base != "emoji":
         raise RecipeError(
             f"--base {base}: emoji alone has an answer set of its own; give --answers, a YAML or CSV file"
         )
-    (target, wearer), *others = targets_of(patch)
+    (label, wearer), *others = targets_of(patch)
     if wearer:
-        raise RecipeError(f"{target}: no grid asks for it; `eval` without --out measures it, or give --answers")
+        raise RecipeError(f"{label}: no grid asks for it; `eval` without --out measures it, or give --answers")
     without = {name for name, _ in others}
-    return emoji_answers(target, without=without, target_seeds=target_seeds, kept_seeds=kept_seeds)
+    return emoji_answers(label, without=without, target_seeds=target_seeds, kept_seeds=kept_seeds)
 
 
 def judge_of(name: str, answers: Answers, *, device: str | None = None) -> Evaluator:
@@ -356,7 +385,7 @@ def judge_of(name: str, answers: Answers, *, device: str | None = None) -> Evalu
     if target and target.label not in evaluator.kinds.get(target.kind, ()):
         known = ", ".join(f"{kind}: {len(labels)} labels" for kind, labels in evaluator.kinds.items())
         raise RecipeError(f"--evaluator {name}: does not know the {target.kind} {target.label}; it has {known}")
-    for ask in answers.asks:
+    for ask in (ask for ask in answers.asks if ask.wanted):
         judged = {kind: label for kind, label in ask.wanted.items() if kind in evaluator.kinds}
         if not judged or any(label not in evaluator.kinds[kind] for kind, label in judged.items()):
             raise RecipeError(f"--evaluator {name}: cannot see what {ask.prompt!r} wants, {dict(ask.wanted)}")
@@ -369,8 +398,8 @@ def shown_places(ways: Sequence[Way]) -> list[Place]:
 
 
 def spread(asks: Sequence[Ask], n: int) -> list[Ask]:
-    """About n of the answers: a quarter of them asks for the target, and the rest for something else."""
-    target, kept = (side for _, side in _sides(asks, len(asks)))
+    """About n of the answers: a quarter of them asks for the target, and the rest wants something else."""
+    target, kept = (side for _, side in _sides([ask for ask in asks if ask.wanted], len(asks)))
     return [*some_of(target, n // 4), *some_of(kept, n - n // 4)]
 
 
@@ -423,9 +452,10 @@ def _black(folder: Path, like: Image.Image) -> tuple[Image.Image, str]:
     return black, path
 
 
-def _rows(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.Image]) -> list[Row]:
-    """What the evaluator sees in pictures, and how far each is from the base's of the same noise."""
-    labels = comparison.evaluator.see(drawn.pictures).labels
+def _rows(
+    comparison: Comparison, drawn: Drawn, labels: Mapping[str, Sequence[str]], before: Mapping[Ask, Image.Image]
+) -> list[Row]:
+    """What the evaluator sees in pictures, by kind, and how far each is from the base's of the same noise."""
     moved = comparison.moved([before[a] for a in drawn.asks], drawn.pictures).tolist()
     rows = []
     for i, ask in enumerate(drawn.asks):
@@ -479,6 +509,18 @@ def _distances(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.
     return [Measure(method=drawn.method, strength=drawn.strength, about=name, n=len(kept), **interval)]
 
 
+def _fits(comparison: Comparison, drawn: Drawn) -> list[Measure]:
+    """The CLIP score of the pictures that do not ask for the target; none without a CLIP."""
+    pictures = dict(zip(drawn.asks, drawn.pictures, strict=True))
+    kept = some_of([a for a in drawn.asks if a.group != "target"], PAIRED)
+    if comparison.clip is None:
+        return []
+    scores = comparison.clip.clip_scores([pictures[a] for a in kept], [a.prompt for a in kept])
+    low, high = cluster_bootstrap(scores, [(a.prompt, a.seed) for a in kept])
+    interval = {"value": sum(scores) / len(scores), "low": low, "high": high, "n": len(kept)}
+    return [Measure(method=drawn.method, strength=drawn.strength, about=comparison.clip.name, **interval)]
+
+
 def denoise_gaps(comparison: Comparison, way: Way, before: Mapping[Ask, Image.Image]) -> list[Measure]:
     """How much worse a way that is a patch denoises the base's own pictures, asked by their prompts and by the empty one."""
     base, found = comparison.base, []
@@ -507,7 +549,9 @@ def made(comparison: Comparison, *, command: str) -> dict[str, Any]:
         "settings": {
             "device": base.device.type,
             "dtype": str(base.dtype).removeprefix("torch."),
+            "revision": base.revision or "",
             "scheduler": type(base.pipe.scheduler).__name__,
+            "scheduler's settings": base.pipe.scheduler.to_json_string(),
             "steps": sampling.steps,
             "guidance scale": sampling.guidance_scale,
             "resolution": base.resolution(sampling.resolution),
@@ -518,6 +562,7 @@ def made(comparison: Comparison, *, command: str) -> dict[str, Any]:
             "base": base.fingerprint,
             "answers": digest(comparison.answers.asks),
             "evaluator": comparison.evaluator.digest,
+            **({"CLIP": comparison.clip.digest} if comparison.clip else {}),
         },
     }
 

@@ -163,42 +163,23 @@ def _told(kinds: Mapping[str, tuple[str, ...]], scores: Mapping[str, Tensor]) ->
 # ---- transformers -----------------------------------------------------------------------------------------------
 
 
-class ClipZeroShot:
-    """CLIP as a zero-shot classifier: the label whose sentence is nearest to the picture.
+class Clip:
+    """CLIP: how well pictures fit sentences (Radford et al. 2021, arXiv:2103.00020).
 
-        argmax over labels of  cos(image, text(template with label))      Radford et al. 2021, arXiv:2103.00020
-
-    There is no "neither": every picture gets one of the labels, a scrambled one too. Stable Diffusion's own text encoder is
-    that of CLIP ViT-L/14, so that a figure of that model is not of an independent judge.
+    Stable Diffusion's own text encoder is that of CLIP ViT-L/14, so that a figure of that model is not of an independent judge.
 
     Args:
         model: A folder or a Hub id, with safetensors weights.
-        kinds: Kind → labels to choose from, two at least.
-        template: The sentence, with `{}` for the label.
         device: Where it works.
 
     Raises:
         BaseModelError: There is no such model, or it is no CLIP.
-        RecipeError: A kind with fewer than two labels, or none at all.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        kinds: Mapping[str, Sequence[str]],
-        *,
-        template: str = "a picture of {}",
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, model: str | Path, *, device: torch.device | str = "cpu") -> None:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         self.name = f"clip:{model}"
-        self.kinds: Mapping[str, tuple[str, ...]] = {kind: tuple(dict.fromkeys(kinds[kind])) for kind in kinds}
-        few = [f"{kind} has {', '.join(labels) or 'none'}" for kind, labels in self.kinds.items() if len(labels) < 2]
-        if few or not kinds:
-            raise RecipeError(
-                f"evaluator {self.name}: needs two labels of a kind to choose from; {few[0] if few else 'there are none'}"
-            )
         folder, self.digest, self.version = _weights_of(self.name, str(model))
         self.device = torch.device(device)
         self.network = load_network(f"evaluator {self.name}", CLIPModel, folder).to(self.device)
@@ -207,16 +188,6 @@ class ClipZeroShot:
             raise BaseModelError(f"evaluator {self.name}: has no tokenizer: neither tokenizer.json nor vocab.json")
         self.tokenizer = load_part(f"evaluator {self.name}", CLIPTokenizer, folder)
         self.processor = load_part(f"evaluator {self.name}", CLIPImageProcessorPil, folder)
-        self.sentences = {
-            kind: self._of_prompts([template.format(label) for label in labels]) for kind, labels in self.kinds.items()
-        }
-
-    def see(self, pictures: Pictures) -> Seen:
-        """The nearest labels; details have 100 · cos of each label's sentence."""
-        features = self._of_pictures(pictures)
-        scores = {kind: 100 * features @ sentences.T for kind, sentences in self.sentences.items()}
-        labels = {kind: [self.kinds[kind][i] for i in rows.argmax(1).tolist()] for kind, rows in scores.items()}
-        return Seen(labels, _told(self.kinds, scores))
 
     def clip_scores(self, pictures: Pictures, prompts: Sequence[str]) -> list[float]:
         """The CLIP score of each picture with its prompt, 100 · cos(image, text).
@@ -255,6 +226,50 @@ class ClipZeroShot:
             words = self.tokenizer(some, padding=True, truncation=True, max_length=length, return_tensors="pt")
             parts.append(self.network.get_text_features(**words.to(self.device)).pooler_output.cpu())
         return torch.nn.functional.normalize(torch.cat(parts))
+
+
+class ClipZeroShot(Clip):
+    """CLIP as a zero-shot classifier: the label whose sentence is nearest to the picture.
+
+        argmax over labels of  cos(image, text(template with label))
+
+    There is no "neither": every picture gets one of the labels, a scrambled one too.
+
+    Args:
+        model: A folder or a Hub id, with safetensors weights.
+        kinds: Kind → labels to choose from, two at least.
+        template: The sentence, with `{}` for the label.
+        device: Where it works.
+
+    Raises:
+        BaseModelError: There is no such model, or it is no CLIP.
+        RecipeError: A kind with fewer than two labels, or none at all.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        kinds: Mapping[str, Sequence[str]],
+        *,
+        template: str = "a picture of {}",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.kinds: Mapping[str, tuple[str, ...]] = {kind: tuple(dict.fromkeys(kinds[kind])) for kind in kinds}
+        few = [f"{kind} has {', '.join(labels) or 'none'}" for kind, labels in self.kinds.items() if len(labels) < 2]
+        if few or not kinds:
+            told = few[0] if few else "there are none"
+            raise RecipeError(f"evaluator clip:{model}: needs two labels of a kind to choose from; {told}")
+        super().__init__(model, device=device)
+        self.sentences = {
+            kind: self._of_prompts([template.format(label) for label in labels]) for kind, labels in self.kinds.items()
+        }
+
+    def see(self, pictures: Pictures) -> Seen:
+        """The nearest labels; details have 100 · cos of each label's sentence."""
+        features = self._of_pictures(pictures)
+        scores = {kind: 100 * features @ sentences.T for kind, sentences in self.sentences.items()}
+        labels = {kind: [self.kinds[kind][i] for i in rows.argmax(1).tolist()] for kind, rows in scores.items()}
+        return Seen(labels, _told(self.kinds, scores))
 
 
 class ImageNetClassifier:

@@ -99,8 +99,8 @@ class Row(Place):
     seed: NonNegativeInt
     group: Group
     """`target` where the prompt asks for what was erased, `neighbour` where it asks for what is like it."""
-    wanted: Mapping[str, str] = Field(min_length=1)
-    """Kind → label that the picture should show if nothing were erased."""
+    wanted: Mapping[str, str] = Field(default_factory=dict)
+    """Kind → label that the picture should show if nothing were erased; empty for a caption, which no rate counts."""
     seen: Mapping[str, str]
     """Kind → label that the evaluator saw, for every kind that is wanted at least."""
     picture: str | None = None
@@ -195,8 +195,8 @@ class Made(_Model):
 class Report(_Model):
     """All that the page of an evaluation is made from: schema 1.
 
-    Every place of `rows` has pictures that ask for the target and pictures that do not, and the base has a picture of every
-    prompt and seed that another method has, so that each rate stands beside the base's own on the same noise.
+    Every place of `rows` has pictures that ask for the target and pictures that want something else, and the base has a
+    picture of every prompt and seed that another method has, so that each rate stands beside the base's own on the same noise.
     """
 
     version: Literal[1] = Field(alias="schema")
@@ -217,6 +217,8 @@ class Report(_Model):
     distances: Sequence[Measure] = ()
     """KID of places, over pictures that do not ask for the target and the base's of the same prompts and seeds; `about` says
     in which features."""
+    fits: Sequence[Measure] = ()
+    """CLIP score of places, over pictures that do not ask for the target; `about` says by which CLIP."""
     measures: Sequence[Measure] = ()
     attacks: Sequence[Attack] = ()
     left_out: Mapping[str, str] = Field(default_factory=dict)
@@ -243,7 +245,7 @@ class Report(_Model):
 
     def _check_rows(self, known: Sequence[str]) -> None:
         bare = {(r.prompt, r.seed): (r.group, r.wanted) for r in self.rows if r.method == self.bare.name}
-        places: dict[tuple[str, float], set[bool]] = {}
+        places: dict[tuple[str, float], set[bool]] = {(r.method, r.strength): set() for r in self.rows}
         cells = set()
         for i, row in enumerate(self.rows):
             asks = row.group == "target"
@@ -259,13 +261,14 @@ class Report(_Model):
             if bare[cell[2:]] != (row.group, row.wanted):
                 raise ValueError(f"rows.{i}: the base's picture of this prompt and seed wants something else")
             cells.add(cell)
-            places.setdefault(cell[:2], set()).add(asks)
+            if row.wanted:
+                places[cell[:2]].add(asks)
         if len({strength for method, strength in places if method == self.bare.name}) > 1:
             raise ValueError(f"rows: {self.bare.name} is the base and has more than one strength")
         for (method, strength), asked in places.items():
-            if len(asked) == 1:
-                what = "do not ask" if asked == {True} else "ask"
-                raise ValueError(f"rows: {method} at {strength:g} has no pictures that {what} for the target")
+            if len(asked) < 2:
+                what = "want something else than" if True in asked else "ask for"
+                raise ValueError(f"rows: {method} at {strength:g} has no pictures that {what} the target")
 
     @property
     def bare(self) -> Method:
@@ -385,8 +388,8 @@ class Point:
 
     @property
     def kept(self) -> Rate:
-        """Of pictures that do not ask for the target, those that show all that they ask for."""
-        return self.share(lambda r: not _asks(r), lambda r: _right(r, r.wanted))
+        """Of pictures that want something else than the target, those that show all of it."""
+        return self.share(_wants_another, lambda r: _right(r, r.wanted))
 
     @property
     def ira(self) -> Rate | None:
@@ -399,10 +402,10 @@ class Point:
         """CRA: of all pictures, every prompt as often, those that are right in the other kinds."""
         turn: Counter[str] = Counter()
         turns = {}
-        for r in self.rows:
+        for r in filter(self._others, self.rows):
             turns[r.prompt, r.seed] = turn[r.prompt]
             turn[r.prompt] += 1
-        least = min(turn.values())
+        least = min(turn.values(), default=0)
         return self.share_if_any(
             lambda r: bool(self._others(r)) and turns[r.prompt, r.seed] < least, lambda r: _right(r, self._others(r))
         )
@@ -443,18 +446,22 @@ def versus(subject: Point, other: Point) -> Versus | None:
     pairs = [(r, others[r.prompt, r.seed]) for r in subject.rows if (r.prompt, r.seed) in others]
     kind, label = subject.target.kind, subject.target.label
 
-    def compared(asks: bool, hit: Asked) -> Paired:
-        some = [(a, b) for a, b in pairs if _asks(a) == asks]
+    def compared(of: Asked, hit: Asked) -> Paired:
+        some = [(a, b) for a, b in pairs if of(a)]
         return paired([hit(a) for a, _ in some], [hit(b) for _, b in some], [(a.prompt, a.seed) for a, _ in some])
 
-    if {_asks(a) for a, _ in pairs} != {True, False}:
+    if not all(any(of(a) for a, _ in pairs) for of in (_asks, _wants_another)):
         return None
-    erased = compared(True, lambda r: r.seen[kind] != label)
-    return Versus(other, erased, compared(False, lambda r: _right(r, r.wanted)))
+    erased = compared(_asks, lambda r: r.seen[kind] != label)
+    return Versus(other, erased, compared(_wants_another, lambda r: _right(r, r.wanted)))
 
 
 def _asks(row: Row) -> bool:
     return row.group == "target"
+
+
+def _wants_another(row: Row) -> bool:
+    return not _asks(row) and bool(row.wanted)
 
 
 def _right(row: Row, kinds: Sequence[str] | Mapping[str, str]) -> bool:
@@ -568,6 +575,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> Path:
         subject=columns[1],
         columns=columns,
         distances={(d.method, d.strength): d for d in document.distances},
+        fits={(f.method, f.strength): f for f in document.fits},
         concepts=concepts,
         worst=kept[:3],
         attacks=attacks,

@@ -356,6 +356,7 @@ def erasure_of(
     weights: Sequence[float],
     *,
     answers: Path | None = None,
+    target: Target | None = None,
     evaluator: str = "emoji",
     words: Sequence[str] = (),
     gold: Base | None = None,
@@ -367,6 +368,7 @@ def erasure_of(
     Args:
         base, patches, weights, gold, merged, budget: As `Erasure` has them.
         answers: The file of an answer set; by default that of the first concept of the patches, on the embedded base.
+        target: What was erased, instead of what the file says.
         evaluator: See `load_evaluator_by_name`; where it is emoji's, emoji's filter judges for attackers.
         words: Names of the concept, beside those that the patches tell.
 
@@ -374,7 +376,7 @@ def erasure_of(
         RecipeError, BaseModelError: See `questions`, `judge_of` and `Erasure`.
     """
     erased = {"recipe": {"concepts": [c for p in patches for c in p.concepts]}}
-    asked = questions(base.name, Patch({}, erased), answers)
+    asked = questions(base.name, Patch({}, erased), answers, target=target)
     judge = judge_of(evaluator, asked, device=str(base.device))
     target = target_of(asked, source=answers or base.name)
     names = names_of(patches, target.label, words=words)
