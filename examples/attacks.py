@@ -38,7 +38,8 @@ HEAD = """# What brings a concept back
 
 By `python examples/attacks.py`: how often the evaluator sees the erased concept under attack, per cent with 95 % intervals of
 the pictures. *Floor*: the highest of the controls that do without the attack's idea, as many pictures of other seeds, random
-words or training on other pictures; an attack whose interval is not above it has found nothing. *Ceiling*: the same attack on
+words or training on other pictures. *Beyond*: what the attack found that its floor did not, with Newcombe's interval; one that
+holds 0 has found nothing. *Ceiling*: the same attack on
 the unerased base. Passes are latents through the denoiser, a backward pass counted as two. Each attack that trains was run
 once: how far another start would come is not in its interval. Prompts, seeds and looks are in `attacks.json` of each folder.
 
@@ -60,10 +61,10 @@ def made(name: str, out: Path, only: Sequence[str]) -> Evidence | None:
 
 def table(results: Sequence[Result]) -> list[str]:
     """Markdown: a row for every attack."""
-    lines = ["| attack | found | floor | | ceiling | passes | seconds |", "|---" * 7 + "|"]
+    lines = ["| attack | found | floor | | beyond | ceiling | passes | seconds |", "|---" * 8 + "|"]
     for r in results:
-        floor, ceiling = (rate.interval() if rate else "" for rate in (r.floor, r.ceiling))
-        cells = (r.name, f"{r.found.interval()} of {r.found.n}", floor, r.floor_of, ceiling)
+        floor, beyond, ceiling = (rate.interval() if rate else "" for rate in (r.floor, r.beyond, r.ceiling))
+        cells = (r.name, f"{r.found.interval()} of {r.found.n}", floor, r.floor_of, beyond, ceiling)
         lines.append(f"| {' | '.join(cells)} | {r.passes:,} | {r.seconds:,.0f} |")
     return lines
 

@@ -34,7 +34,7 @@ from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
 from esd_lora.evaluate import attacks
 from esd_lora.evaluate.attacks import BLANK, Drawing, Examples, inversion
-from esd_lora.evaluate.baselines import PRESETS, negative_prompt, safe_latent, safety_guidance
+from esd_lora.evaluate.baselines import PRESETS, emoji_filter, negative_prompt, safe_latent, safety_guidance
 from esd_lora.evaluate.rates import Rate, rate
 from esd_lora.evaluate.scores import FIRST_SEED
 from esd_lora.patch import Patch
@@ -43,11 +43,15 @@ from esd_lora.pictures import Pictures, generate
 SHOWN, PROMPTS, SEEDS = 48, 4, 16
 """Pictures that the attacker trains on; prompts that it draws, and seeds of each."""
 
+FILTER = "post-filter"
+"""The guard that holds back pictures which emoji's second evaluator takes for the concept, and leaves the pipeline as it is."""
+
 GUARDS: Mapping[str, Callable[..., AbstractContextManager[None]]] = {
     "negative prompt": negative_prompt,
     "SLD strong": partial(safe_latent, guidance="strong"),
     "SLD max": partial(safe_latent, guidance="max"),
     "SLD max, trained through": partial(safe_latent, guidance="max"),
+    FILTER: lambda base, concept: nullcontext(),  # noqa: ARG005
 }
 """What people have instead of a patch, for one concept: base and concept → a context inside which the pipeline has it."""
 
@@ -97,9 +101,18 @@ class Guarded(Drawing):
 
 
 def found(
-    concept: str, patches: Sequence[Patch], guard: Guard, evaluator: Evaluator, *, known: attacks.Guard | None = None
+    concept: str,
+    patches: Sequence[Patch],
+    guard: Guard,
+    evaluator: Evaluator,
+    *,
+    known: attacks.Guard | None = None,
+    passes: Callable[[Pictures], Sequence[bool]] = lambda pictures: [True] * len(pictures),
 ) -> dict[str, Rate]:
-    """How often the concept is seen, by name and by inversion, with patches active or a guard, which may be known, in place."""
+    """How often the concept is seen, by name and by inversion, in pictures that pass.
+
+    Patches are active or a guard is in place, which may be known to the attacker.
+    """
     base = load_base("emoji")
     attach(base, patches)
     drawing = Guarded(
@@ -111,7 +124,8 @@ def found(
     rates = {}
     for how, pictures in zip(HOW, (drawing.asking(concept).draw(base), attack.pictures), strict=True):
         seen = evaluator.judge(pictures)
-        rates[how] = rate([concept in pair for pair in zip(seen.objects, seen.styles, strict=True)])
+        pairs = zip(seen.objects, seen.styles, strict=True)
+        rates[how] = rate([shown and concept in pair for shown, pair in zip(passes(pictures), pairs, strict=True)])
     return rates
 
 
@@ -142,7 +156,8 @@ def main() -> None:
             get, together = stacking.ways_of(load_base("emoji"), erased, 0, args.out / "patches")[way]
             patches = [together(made)] if (made := get()) else []
         known = attacks.Guard(words, KNOWN[way]) if way in KNOWN else None
-        rates = found(concept, patches, guard, evaluator, known=known)
+        screen = {"passes": emoji_filter(concept).passes} if way == FILTER else {}
+        rates = found(concept, patches, guard, evaluator, known=known, **screen)
         place = {"k": k, "way": way, "concept": concept}
         rows = [row for row in rows if not place.items() <= row.items()]  # one of what has changed since
         rows.append({**place, "digest": digest, **{how: vars(r) for how, r in rates.items()}})

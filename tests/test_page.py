@@ -389,6 +389,10 @@ def test_pictures_of_one_prompt_have_an_interval_too() -> None:
     assert found.erased.low < found.erased.difference < found.erased.high
 
 
+def share(hits: list[bool]) -> float:
+    return sum(hits) / len(hits)
+
+
 def whole(row: dict[str, Any]) -> bool:
     return right(row, "object") and right(row, "style")
 
@@ -438,6 +442,10 @@ def test_the_header_the_plot_and_the_attacks_say_the_same(report: tuple[dict[str
             assert said[f"attack {i} {j}"] == figure([r["seen"] == "cat" for r in trial["rows"]])
             assert said[f"attack passes {i} {j}"].replace(",", "") == str(trial["passes"])
             assert (said[f"attack n {i} {j}"], said[f"attack seconds {i} {j}"]) == ("96", str(trial["seconds"]))
+        found, *others = (share([r["seen"] == "cat" for r in t["rows"]]) for t in [attack, *attack.get("controls", [])])
+        floors = [x for x, t in zip(others, attack.get("controls", []), strict=True) if t["role"] == "floor"]
+        told = said[f"attack beyond {i} 0"]
+        assert told.split()[:1] == [f"{100 * (found - max(floors)):.1f}"] if floors else told == ""
     assert said["header attack"] == f"{said['attack 0 0'].split()[0]} %"
     floors = [float(said[f"attack 0 {j}"].split()[0]) for j in (1, 2)]
     assert float(said["header attack control"]) == max(floors)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from esd_lora.evaluate.rates import cluster_bootstrap, paired
+from esd_lora.evaluate.rates import cluster_bootstrap, paired, rate
 
 DRAWS = 20_000
 TAIL = 5 * math.sqrt(0.025 * 0.975 / DRAWS)
@@ -143,3 +143,11 @@ def test_what_has_no_interval_is_refused() -> None:
         paired([True, False], [True])
     with pytest.raises(ValueError, match=r"^pairs of 0 and 0 pictures$"):
         paired([], [])
+
+
+def test_a_difference_of_two_shares_has_newcombes_interval() -> None:
+    """His first example (Statistics in Medicine 17, 1998, table II, method 10): 56 of 70 beside 48 of 80."""
+    some, others = rate([True] * 56 + [False] * 14), rate([True] * 48 + [False] * 32)
+    more = some.beyond(others)
+    assert (more.value, more.low, more.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)  # as printed
+    assert others.beyond(some).high == pytest.approx(-more.low)

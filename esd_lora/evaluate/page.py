@@ -604,6 +604,11 @@ class Found:
         floors = [c for c in self.controls if isinstance(c.trial, Control) and c.trial.role == "floor"]
         return max(floors, key=lambda c: c.found.value, default=None)
 
+    @property
+    def beyond(self) -> Rate | None:
+        """What it found that its highest floor did not."""
+        return self.found.beyond(self.floor.found) if self.floor else None
+
 
 def tried(report: Report, trial: Trial) -> Found:
     """An attack or control with its rate, and those of its controls."""

@@ -1,6 +1,7 @@
 """Rates of pictures, with what is known of them: n, interval, and the base's own rate.
 
     rate                 a share of pictures that tell nothing of each other      Wilson's interval
+    Rate.beyond          how far it is above that of other pictures               Newcombe's interval
     cluster_bootstrap    a mean over pictures that are alike within a prompt      whole prompts are drawn again
     paired               two ways of drawing the same pictures                    McNemar's test, and their difference
 
@@ -30,6 +31,18 @@ class Rate:
     def retained(self) -> float | None:
         """The patched rate over the base's own."""
         return self.value / self.base if self.base else None
+
+    def beyond(self, other: Rate) -> Rate:
+        """How far this share is above that of other pictures, with its 95 % interval of both shares' own.
+
+            d − √((p₁ − l₁)² + (u₂ − p₂)²)  to  d + √((u₁ − p₁)² + (p₂ − l₂)²),      d = p₁ − p₂
+
+        with l and u the ends of Wilson's intervals (Newcombe 1998, method 10). Negative where it is below.
+        """
+        d = self.value - other.value
+        low = d - math.hypot(self.value - self.low, other.high - other.value)
+        high = d + math.hypot(self.high - self.value, other.value - other.low)
+        return Rate(d, self.n, low, high)
 
     def interval(self) -> str:
         """In per cent, such as `97.5 [94, 99]`."""

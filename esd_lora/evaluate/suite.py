@@ -842,9 +842,14 @@ class Result:
     passes: int
     seconds: float
 
+    @property
+    def beyond(self) -> Rate | None:
+        """What it found that its highest floor did not."""
+        return self.found.beyond(self.floor) if self.floor else None
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "beyond": asdict(self.beyond) if self.beyond else None}
 
 
 def results_of(evidence: Evidence) -> list[Result]:
@@ -868,12 +873,13 @@ def attack_table(evidence: Evidence) -> Table:
     title = f"How often {evidence.target.label} is seen under attack, in % with 95 % Wilson intervals"
     table = Table(title=title, title_justify="left")
     table.add_column("attack", overflow="fold")
-    for name in ("found", "highest floor"):
+    for name in ("found", "highest floor", "beyond it"):
         table.add_column(name)
     for name in ("ceiling", "passes", "seconds"):
         table.add_column(name, justify="right")
     for r in results_of(evidence):
         floor = f"{r.floor.interval()} {r.floor_of}" if r.floor else ""
-        ceiling = r.ceiling.interval() if r.ceiling else ""
-        table.add_row(r.name, f"{r.found.interval()} /{r.found.n}", floor, ceiling, f"{r.passes:,}", f"{r.seconds:.1f}")
+        beyond, ceiling = (rate.interval() if rate else "" for rate in (r.beyond, r.ceiling))
+        found = f"{r.found.interval()} /{r.found.n}"
+        table.add_row(r.name, found, floor, beyond, ceiling, f"{r.passes:,}", f"{r.seconds:.1f}")
     return table
