@@ -4,8 +4,8 @@
 
 Reads what other scripts measured: `benchmark.json` of benchmark.py, `frontier.json` of frontier.py, `stacking.json` of
 stacking.py, and `attacks/*/attacks.json` of attacks.py. More or fewer means that 95 % intervals lie apart, or for rates of the
-same targets that the interval of their differences lies on one side of 0; otherwise a fact is not shown, nor is anything by
-fewer than five targets. What was not measured is said to be so.
+same targets that the interval of their differences lies on one side of 0; otherwise a fact is not shown, nor is anything by an
+average of fewer than five targets. What was not measured is said to be so.
 """
 
 from __future__ import annotations
@@ -155,7 +155,9 @@ def by_inversion(found: Measured, *, guards: bool) -> Told:
     Of a guard that was trained through as well as not, the former counts.
     """
     known = {row["way"].partition(",")[0] for row in found.frontier if row["way"] in frontier.KNOWN}
-    rows = [r for r in found.frontier if (r["way"] in frontier.GUARDS) == guards and r["way"] not in known]
+    # a filter is none of these guards: it judges pictures, and the attacker does not train through it
+    rows = [r for r in found.frontier if (r["way"] in frontier.GUARDS) == guards]
+    rows = [r for r in rows if r["way"] not in {*known, frontier.FILTER}]
     if not rows:
         raise NotMeasured("frontier")
     rates = [[Rate(**row[how]) for how in frontier.HOW] for row in rows]
@@ -245,9 +247,12 @@ FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
 
 HEAD = """# Does what is known of large models hold on the embedded base?
 
-By `python examples/facts.py`, of what is in this folder. Written down before anything was measured, with the sources in the
-script. *More* and *fewer* mean that 95 % intervals lie apart, or for rates of the same targets (F1, F3, F8) that the interval
-of their differences lies on one side of 0. *Not shown*: they do not, or there are fewer than five targets.
+By `python examples/facts.py`, of what is in this folder. The facts were written down before anything was measured, with their
+sources in the script; how they are decided was made stricter since. *More* and *fewer* mean that 95 % intervals lie apart, or for
+rates of the same targets (F1, F3, F8) that the interval of their differences lies on one side of 0. *Not shown*: they do not, or
+averages (F1, F3, F8) are of fewer than five targets. F2, F4, F5 and F7 are of the single concepts that are named, one attack each,
+with intervals over its pictures: they hold of these if each shows it. Of F4, SLD was trained through, without the momentum of
+earlier steps, and negative prompts were not.
 """
 
 

@@ -42,8 +42,9 @@ def test_its_answer_set_is_one(tmp_path: Path) -> None:
     (tmp_path / "church.yaml").write_text(example)
     columns = "prompt,evaluation_seed,evaluation_guidance,class\n"
     (tmp_path / "imagenette.csv").write_text(f"{columns}an image of a church,7,7.5,church\na dog,8,7.5,dog\n")
+    (tmp_path / "coco.csv").write_text("caption\na man riding a wave\n")
     groups = Counter(ask.group for ask in read_answers(tmp_path / "church.yaml").asks)
-    assert groups == {"target": 101, "neighbour": 50, "unrelated": 1}
+    assert groups == {"target": 101, "neighbour": 50, "unrelated": 2}
 
 
 def test_it_names_every_baseline() -> None:
