@@ -281,14 +281,14 @@ def plot(rows: Rows, path: Path) -> None:
 
 HEAD = """# The published benchmark
 
-By `python examples/benchmark.py`, of [benchmark.json](benchmark.json). Per cent, means over targets with 95 % intervals
-over them and, within each, training seeds (of few targets they are too narrow): our defaults are trained three times, and all
-else once. UA: the target gone; kept: object and style
-right where something else is asked for; IRA and CRA: the rest of its kind, and the other kind, right; at target: the other kind
-right where the target is asked for; near: its neighbours kept. Every method draws the same prompts from the same noise. Ours
-and UCE preserve what a list of everyday words names, most of the kept objects and styles among them; the authors' ESD and LECO
-preserve nothing, as ours in *nothing preserved*. Keyed patches and UCE are solved for the concept in a few templates, of which one
-is that of the answers, "a {} in {} style": of prompts in other words they may erase less.
+By `python examples/benchmark.py`, of [benchmark.json](benchmark.json). Per cent, means over targets with 95 % intervals over
+them and, within each, training seeds (of few targets they are too narrow): our defaults are trained three times, and all else
+once. UA: the target gone; kept: object and style right where something else is asked for; IRA and CRA: the rest of its kind,
+and the other kind, right; at target: the other kind right where the target is asked for; near: its neighbours kept. Every
+method draws the same prompts from the same noise. Ours and UCE preserve what a list of everyday words names, most of the kept
+objects and styles among them; the authors' ESD and LECO preserve nothing, as ours in *nothing preserved*. Keyed patches and
+UCE are solved for the concept in a few templates, of which one is that of the answers, "a {} in {} style": of prompts in
+other words they may erase less.
 
 ![Erased over kept](benchmark.png)
 
