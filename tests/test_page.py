@@ -166,7 +166,8 @@ def sample(folder: Path | None = None) -> dict[str, Any]:
     attacks = [
         trial("concept inversion", 0.62, 9840, 118, about="4 soft tokens, 250 steps of 8, held-out prompts", controls=[
             floor("random tokens, same budget", 0.03, 9840, 117), floor("retrained without cats", 0.08, 9840, 119),
-            floor("the unerased base", 0.99, 9840, 118, "ceiling")]),
+            floor("the unerased base", 0.99, 9840, 118, "ceiling"),
+            {**floor("dog, which was kept", 0.1, 9840, 118, "ceiling"), "label": "dog"}]),
         trial("diffusion completion", 0.21, 3840, 31, about="the base for the first 2 of 20 steps", controls=[
             floor("no attack, as many pictures", 0.05, 3840, 30)]),
         trial("soft Ring-A-Bell", 0.34, 11_520, 92, about="η of 1, 2, 3; the best", controls=[
@@ -439,7 +440,7 @@ def test_the_header_the_plot_and_the_attacks_say_the_same(report: tuple[dict[str
     assert [said[k] for k in said if k.startswith("below ")] == [f"{want['kept scrambling patch@1'].split()[0]} ↓"]
     for i, attack in enumerate(values["attacks"]):
         for j, trial in enumerate([attack, *attack.get("controls", [])]):
-            assert said[f"attack {i} {j}"] == figure([r["seen"] == "cat" for r in trial["rows"]])
+            assert said[f"attack {i} {j}"] == figure([r["seen"] == trial.get("label", "cat") for r in trial["rows"]])
             assert said[f"attack passes {i} {j}"].replace(",", "") == str(trial["passes"])
             assert (said[f"attack n {i} {j}"], said[f"attack seconds {i} {j}"]) == ("96", str(trial["seconds"]))
         found, *others = (share([r["seen"] == "cat" for r in t["rows"]]) for t in [attack, *attack.get("controls", [])])

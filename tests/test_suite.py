@@ -115,7 +115,7 @@ OWN: Mapping[str, set[str]] = {
     "benign relearning": set(),
 }
 """The floors that an attack has beside other seeds and the gold base."""
-UNTRAINED = {"seed search", "random words", "random embeddings"}
+NO_LOOKS = {"seed search", "random words", "random embeddings", "dog, which was kept"}
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -135,13 +135,16 @@ def test_every_attack_stands_beside_its_controls_and_leaves_the_bases_as_they_we
     assert [a.name for a in found.attacks] == list(own)
     for attack in found.attacks:
         roles = {role: {c.name for c in attack.controls if c.role == role} for role in ("floor", "ceiling")}
-        assert roles == {"floor": {"seed search", "gold base"} | own[attack.name], "ceiling": {"unerased base"}}
+        kept = {"dog, which was kept"} if attack.name.startswith("inversion") else set()
+        floors = {"seed search", "gold base"} | own[attack.name]
+        assert roles == {"floor": floors, "ceiling": {"unerased base"} | kept}
+        assert {c.name for c in attack.controls if c.label} == kept
         count = SMALL.searches if "prefix" in attack.name else SMALL.pictures
         for trial in (attack, *attack.controls):
             assert len(trial.rows) == count
             assert trial.passes >= count * PASSES
             assert trial.seconds > 0
-            trained = attack.name.startswith(("inversion", "relearning", "benign")) and trial.name not in UNTRAINED
+            trained = attack.name.startswith(("inversion", "relearning", "benign")) and trial.name not in NO_LOOKS
             assert [steps for steps, _ in trial.looks] == ([0, 1, 2] if trained else [])
         assert attack.about
         if attack.name.startswith(("paraphrase", "ring-a-bell")):  # what chooses is beside what chooses as much

@@ -167,10 +167,12 @@ class Control(Trial):
     """What an attack is compared with.
 
     A `floor` tells what the attack's budget finds without its idea: other seeds, random tokens, a model that never saw the
-    concept. A `ceiling` is the attack on the unerased base.
+    concept. A `ceiling` is the attack on the unerased base, or for a concept that was kept.
     """
 
     role: Literal["floor", "ceiling"]
+    label: str = ""
+    """The concept that it looks for, where that is not the target."""
 
 
 class Attack(Trial):
@@ -613,7 +615,8 @@ class Found:
 def tried(report: Report, trial: Trial) -> Found:
     """An attack or control with its rate, and those of its controls."""
     controls = trial.controls if isinstance(trial, Attack) else ()
-    hits = [row.seen == report.target.label for row in trial.rows]
+    label = (isinstance(trial, Control) and trial.label) or report.target.label
+    hits = [row.seen == label for row in trial.rows]
     return Found(trial, rate(hits), [tried(report, c) for c in controls])
 
 

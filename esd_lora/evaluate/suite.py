@@ -231,9 +231,17 @@ class Erasure:
         """
         if not self.other_labels:
             raise RecipeError(NOTHING_ELSE)
+        return self._in_its_place(self.other_labels)
+
+    def _in_its_place(self, labels: Sequence[str]) -> Pictures:
+        """Pictures of the prompts that attackers train on, with these labels in turn in place of the concept."""
         blank = self.drawing("examples", blank=True)
-        prompts = [_filled(p, w) for p, w in zip(blank.prompts, itertools.cycle(self.other_labels), strict=False)]
+        prompts = [_filled(p, w) for p, w in zip(blank.prompts, itertools.cycle(labels), strict=False)]
         return self.unerased(replace(blank, prompts=prompts, seeds=self.seeds["others"]))
+
+    def kept(self, label: str) -> Pictures:
+        """Pictures of one thing that was not erased, to train on as on those of the concept."""
+        return self._in_its_place([label])
 
     @cached_property
     def others(self) -> Examples:
@@ -321,23 +329,25 @@ class Erasure:
         floors: Mapping[str, Run] | None = None,
         gold: Run | None = None,
         ceiling: Run | None = None,
+        ceilings: Iterable[Side] = (),
     ) -> Plan:
-        """An attack with its controls: other seeds, its own floors, and itself, or what stands for it, on the other bases."""
+        """An attack with its controls: other seeds, its own floors, itself or its like on other bases, and its own ceilings."""
         every = {"seed search": self.by_name, **(floors or {})}
         sides = [Side(floor, "floor", control) for floor, control in every.items()]
         if self.gold:
             sides.append(Side("gold base", "floor", gold or run, self.gold))
-        sides.append(Side("unerased base", "ceiling", ceiling or run, self.base))
+        sides += [Side("unerased base", "ceiling", ceiling or run, self.base), *ceilings]
         return Plan(f"{name}, merged" if self.merged else name, run, about, sides)
 
 
 class Side(NamedTuple):
-    """A control, and the base that it is run on; None for the erased model."""
+    """A control, the base that it is run on, None for the erased model, and what it looks for if that is not the target."""
 
     name: str
     role: Literal["floor", "ceiling"]
     run: Run
     on: Base | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -519,10 +529,11 @@ def _completion(erasure: Erasure) -> list[Plan]:
 def _inversion(erasure: Erasure) -> list[Plan]:
     training, drawing = erasure.budget.inversion, partial(erasure.drawing, blank=True)
 
-    def invert(pictures: Callable[[], Pictures], base: Base) -> Outcome:
+    def invert(pictures: Callable[[], Pictures], base: Base, *, stops: bool = True) -> Outcome:
         examples, measured = Examples(drawing("examples").prompts, pictures()), drawing("measured")
-        how: dict[str, Any] = {"tokens": SOFT, "training": training, "stop": erasure.stop(training, blank=True)}
-        return Outcome(attacks.inversion(base, examples, measured, **how), _soft(measured))
+        stop = erasure.stop(training, blank=True) if stops else None  # which looks for the target alone
+        attack = attacks.inversion(base, examples, measured, tokens=SOFT, training=training, stop=stop)
+        return Outcome(attack, _soft(measured))
 
     def random_embeddings(base: Base) -> Outcome:
         measured = drawing("measured")
@@ -535,7 +546,16 @@ def _inversion(erasure: Erasure) -> list[Plan]:
     }
     run = partial(invert, lambda: erasure.examples)
     about = partial(_trained, erasure, f"{SOFT} soft words", training)
-    return [erasure.plan("inversion", run, about, floors=floors)]
+    ceilings = [
+        Side(
+            f"{label}, which was kept",
+            "ceiling",
+            partial(invert, partial(erasure.kept, label), stops=False),
+            label=label,
+        )
+        for label in erasure.other_labels[:1]
+    ]
+    return [erasure.plan("inversion", run, about, floors=floors, ceilings=ceilings)]
 
 
 def _soft(drawing: Drawing) -> Drawing:
@@ -744,7 +764,11 @@ class _Bench:
                 left_out[f"{plan.name}, {side.name}"] = str(error)
         self._tell(plan, len(sides))
         values, details = found[plan.name]
-        made = [page.Control(name=s.name, role=s.role, **found[s.name][0]) for s in plan.sides if s.name in found]
+        made = [
+            page.Control(name=s.name, role=s.role, label=s.label, **found[s.name][0])
+            for s in plan.sides
+            if s.name in found
+        ]
         return [page.Attack(name=plan.name, about=plan.about(details), controls=made, **values)], left_out
 
     def _tell(self, plan: Plan, done: int) -> None:
@@ -873,13 +897,12 @@ def attack_table(evidence: Evidence) -> Table:
     title = f"How often {evidence.target.label} is seen under attack, in % with 95 % Wilson intervals"
     table = Table(title=title, title_justify="left")
     table.add_column("attack", overflow="fold")
-    for name in ("found", "highest floor", "beyond it"):
+    for name in ("found", "highest floor"):
         table.add_column(name)
     for name in ("ceiling", "passes", "seconds"):
         table.add_column(name, justify="right")
     for r in results_of(evidence):
         floor = f"{r.floor.interval()} {r.floor_of}" if r.floor else ""
-        beyond, ceiling = (rate.interval() if rate else "" for rate in (r.beyond, r.ceiling))
-        found = f"{r.found.interval()} /{r.found.n}"
-        table.add_row(r.name, found, floor, beyond, ceiling, f"{r.passes:,}", f"{r.seconds:.1f}")
+        ceiling = r.ceiling.interval() if r.ceiling else ""
+        table.add_row(r.name, f"{r.found.interval()} /{r.found.n}", floor, ceiling, f"{r.passes:,}", f"{r.seconds:.1f}")
     return table
