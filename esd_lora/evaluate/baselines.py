@@ -100,7 +100,7 @@ class SafeGuidance:
     """The strength of Safe Latent Diffusion.
 
     warmup: δ, the first steps without it, of 50; a run of N steps goes without for δ · N / 50.
-    scale: s_S, how soon a difference counts in full.
+    scale: s_S, how soon a difference counts in full; the authors' code does nothing below 1, and here any acts by itself.
     threshold: λ, below which ε_p − ε_c must be for it to act; a larger one lets it act in more places.
     momentum_scale, momentum_beta: s_m and β_m, how much of the last steps' guidance is added, and how long it lasts.
 
