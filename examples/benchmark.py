@@ -1,13 +1,14 @@
 """The published benchmark: every object and style of the embedded base, erased by every method, with three training seeds.
 
-    python examples/benchmark.py --out runs/benchmark [--targets cat neon] [--against sld esd-x] [--seeds 3]
+    python examples/benchmark.py --out runs/benchmark [--targets cat neon] [--against sld esd-x] [--seeds 3] [--gold RUN]
 
 Each target gets a report of its own in a folder of its name; what was trained or drawn is kept, so that the script goes on
 where it stopped, for some hours on two cores, and goes back to a target where more methods are asked for, or anything else
 has changed. The counts of all reports are in `benchmark.json`, with hashes of what they were measured with; of these
 `benchmark.md` and its plot are made, and `facts.py` says what follows. Rates are means over targets, their intervals over
 targets and, within each, training seeds. Pictures take half the usual steps, by which the base draws as well. What is
-published is docs/benchmark.json: with a copy of it in the folder the script adds to that.
+published is docs/benchmark.json: with a copy of it in the folder the script adds to that. `--gold` names what
+`emoji/train_unet.py --without` left; it is compared for the targets that it lacks, and asked for no other that it lacks.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from esd_lora.evaluate.comparing import Comparison, Sampling, compare
 from esd_lora.evaluate.evaluators import EmojiEvaluator
 from esd_lora.evaluate.page import Point, make_report, points_of, write_page
 from esd_lora.evaluate.rates import Rate, cluster_bootstrap
-from esd_lora.evaluate.ways import BASELINES, Subject, Way, baseline_way, control_ways, patch_way
+from esd_lora.evaluate.ways import BASELINES, Subject, Way, baseline_way, control_ways, gold_way, patch_way
 from esd_lora.patch import write_file
 from esd_lora.recipe import Concept, Recipe
 from esd_lora.training import read_cost, train
@@ -53,7 +54,25 @@ STRENGTHS: Mapping[str, tuple[float, ...]] = {"esd_lora, keyed": (1.0, 2.0, 3.0)
 """Weights of patches, where these are not 0.5, 1 and 1.5: at twice its weight a keyed patch is one of η = 2."""
 
 
-def ways_for(subject: Subject, against: Sequence[str], seeds: int) -> Iterator[Way]:
+GOLD = "gold"
+"""What `--against` does not name: a base that lacks the target."""
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A base that lacks some targets."""
+
+    base: Base
+    lacks: frozenset[str]
+
+    @classmethod
+    def of(cls, run: Path) -> Gold:
+        """What a run of train_unet.py left."""
+        lacks = json.loads((run / "training.json").read_text())["without"]
+        return cls(load_base(str(run / "pipeline"), dtype=quick_dtype()), frozenset(lacks))
+
+
+def ways_for(subject: Subject, against: Sequence[str], seeds: int, gold: Gold | None) -> Iterator[Way]:
     """Our methods, these others, and the controls, of which the random one is as large as our defaults; all is kept on disk."""
     patches = []
     for name, fields in OURS.items():
@@ -65,7 +84,9 @@ def ways_for(subject: Subject, against: Sequence[str], seeds: int) -> Iterator[W
             told, strengths = (name, some) if seed == 0 else (f"{name}, seed {seed}", (1.0,))
             seconds = read_cost(out)["seconds"]["total"]
             yield patch_way(subject.base, told, patches[-1], strengths=strengths, seconds=seconds)
-    yield from (baseline_way(name, subject) for name in against)
+    yield from (baseline_way(name, subject) for name in against if name != GOLD)
+    if gold and GOLD in against:
+        yield gold_way(gold.base, lacks=gold.lacks - {subject.target.label})
     yield from control_ways(subject.base, patches[0], layers="esd-x")
 
 
@@ -78,6 +99,7 @@ class Bench:
     evaluator: EmojiEvaluator
     out: Path
     seeds: int
+    gold: Gold | None
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -99,9 +121,9 @@ class Bench:
         subject = Subject(self.base, concept, target, folder / "methods", load=lambda: self.trainer)
         report = compare(
             Comparison(self.base, answers_of(name), target, self.evaluator, folder, SAMPLING, gaps=False),
-            list(ways_for(subject, against, self.seeds)),
+            list(ways_for(subject, against, self.seeds, self.gold)),
             title=f"{concept.erase}, erased from emoji",
-            command=f"python examples/benchmark.py --targets {name} --against {' '.join(against)}",
+            command=f"python examples/benchmark.py --targets {name} --against {' '.join(against).replace(GOLD, '--gold RUN')}",
         )
         write_page(report, folder / "report.html")
         return [counts_of(name, kind, point) for point in points_of(make_report(report))]
@@ -313,16 +335,22 @@ def main() -> None:
     )
     parser.add_argument("--against", nargs="+", choices=tuple(BASELINES), default=tuple(BASELINES), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--gold", type=Path, metavar="RUN", help="what train_unet.py --without left")
     args = parser.parse_args()
-    bench = Bench(load_base("emoji", dtype=quick_dtype()), load_base("emoji"), EmojiEvaluator(), args.out, args.seeds)
+    gold = Gold.of(args.gold) if args.gold else None
+    quick, trainer = load_base("emoji", dtype=quick_dtype()), load_base("emoji")
+    bench = Bench(quick, trainer, EmojiEvaluator(), args.out, args.seeds, gold)
     path = args.out / "benchmark.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"targets": {}, "rows": []}
     for name in args.targets:
         before = known["targets"].get(name, {})
         done = before["against"] if before == {**bench.setting, "against": before.get("against")} else ()
-        if done and {*args.against} <= {*done}:
+        asked = {*args.against, *([GOLD] if gold and name in gold.lacks else [])}
+        if done and asked <= {*done}:
             continue
-        against = [b for b in BASELINES if b in (*done, *args.against)]
+        against = [b for b in (*BASELINES, GOLD) if b in {*done, *asked}]
+        if GOLD in against and not gold:
+            parser.error(f"--gold: {name} was compared with a gold model, and would be no more; name it again")
         rows = [r for r in known["rows"] if r["target"] != name] + bench.run(name, against)
         known = {"targets": {**known["targets"], name: {**bench.setting, "against": against}}, "rows": rows}
         lines = ",\n".join(map(json.dumps, rows))

@@ -235,6 +235,14 @@ def test_a_patch_that_cannot_be_compared_is_told_before_anything_is_drawn(subjec
     assert ways_of(subject, {"runs/cat": patch}, weights=[1.0, 0.5, 1.0])[0].strengths == (1.0, 0.5)
 
 
+def test_a_gold_model_is_not_asked_for_what_else_it_lacks(comparison: Comparison) -> None:
+    gold = ways.gold_way(comparison.base, lacks=["fox"])
+    report = make_report(compare(comparison, [gold], title="A cat", command="esd-lora eval"))
+    bare, found = ({p.method.name: p for p in points_of(report)}[name] for name in ("base", "data filtering"))
+    assert {r.prompt for r in bare.rows} - {r.prompt for r in found.rows} == {"a fox"}
+    assert (found.erased.n, found.kept.n) == (8, 8)
+
+
 def test_controls_are_spread_over_both_sides() -> None:
     some = spread(ASKS, 12)
     assert [a.group for a in some].count("target") == 3

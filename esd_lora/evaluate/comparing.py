@@ -410,7 +410,8 @@ def _sides(asks: Sequence[Ask], n: int) -> list[tuple[str, Sequence[Ask]]]:
 
 
 def _asks_of(way: Way, asks: Sequence[Ask]) -> Sequence[Ask]:
-    return spread(asks, CONTROLS) if way.method.role == "control" else asks
+    some = [ask for ask in asks if not {*ask.wanted.values()} & {*way.unasked}]
+    return spread(some, CONTROLS) if way.method.role == "control" else some
 
 
 # ---- pictures and rows -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -65,6 +65,7 @@ class Way:
     default: The strength that it is meant to be used at.
     beside: What acts on its pictures beside base and patches; pictures are kept apart by it.
     passes: Strength and pictures → which of them are shown; the others are black. None shows all.
+    unasked: Labels whose pictures it does not draw, such as what a gold model lacks beside the target.
     """
 
     method: Method
@@ -73,6 +74,7 @@ class Way:
     default: float = 1.0
     beside: str = ""
     passes: Callable[[float, Pictures], Sequence[bool]] | None = None
+    unasked: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -344,11 +346,11 @@ TRAINED = (0.5, 1.0, 1.5)
 """Weights of what is trained."""
 
 
-def gold_way(gold: Base) -> Way:
-    """The pictures of a base that was trained from nothing without the concept."""
+def gold_way(gold: Base, *, lacks: Collection[str] = ()) -> Way:
+    """The pictures of a base that was trained from nothing without the concept, but for what it lacks besides."""
     about = "trained from nothing without the concept: what perfect erasure looks like"
     method = Method(name="data filtering", role="baseline", about=about, knob="")
-    return Way(method, (1.0,), lambda _: nullcontext(Setting(gold)))
+    return Way(method, (1.0,), lambda _: nullcontext(Setting(gold)), unasked=lacks)
 
 
 # ---- what they are made of ---------------------------------------------------------------------------------------
