@@ -552,7 +552,7 @@ def made(comparison: Comparison, *, command: str) -> dict[str, Any]:
             "dtype": str(base.dtype).removeprefix("torch."),
             "revision": base.revision or "",
             "scheduler": type(base.pipe.scheduler).__name__,
-            "scheduler's settings": base.pipe.scheduler.to_json_string(),
+            "scheduler's settings": json.dumps(dict(base.pipe.scheduler.config), default=str),
             "steps": sampling.steps,
             "guidance scale": sampling.guidance_scale,
             "resolution": base.resolution(sampling.resolution),
