@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from esd_lora import adversary
+from esd_lora import adversary, directions
 from esd_lora.bases import DTYPES, FAMILIES, Base
 from esd_lora.bases.facts import Facts, facts_of, on_meta, size_of
 from esd_lora.recipe import DType, Recipe
@@ -45,6 +45,8 @@ class Passes:
     """Trajectories of the prompts to preserve."""
     adversary: int
     """Searches for soft words, with the teacher's predictions; only with `robust`."""
+    aiming: int
+    """Looks at where a concept moves what layers read; only with `init: differences`."""
     training: int
     total: int
     per_example: float
@@ -164,7 +166,7 @@ def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int,
         told_guidance: Whether the base's denoiser is told the guidance scale, so that nothing is predicted twice for it.
     """
     if recipe.objective == "closed-form":
-        return Passes(0, 0, 0, 0, 0, 0.0, None)
+        return Passes(0, 0, 0, 0, 0, 0, 0.0, None)
     _, erase, preserve = questions_of(resolve(recipe))
     edited = recipe.x_t == "edited"
     banks = math.ceil(recipe.steps / recipe.refresh_every) if edited else 1
@@ -176,9 +178,11 @@ def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int,
     )
     searching = recipe.robust * len({q.s for q in erase}) * adversary.passes(recipe.batch_size)
     training = 3 * recipe.steps * _rows(recipe)
-    total = concepts + preservation + searching + training
+    bank = len(erase) * recipe.trajectories * denoising_steps(recipe.trajectory_steps)
+    aiming = directions.passes(bank) if recipe.init == "differences" else 0
+    total = concepts + preservation + searching + aiming + training
     each = total / (recipe.steps * recipe.batch_size)
-    return Passes(concepts, preservation, searching, training, total, each, AUTHORS_PER_EXAMPLE / each)
+    return Passes(concepts, preservation, searching, aiming, training, total, each, AUTHORS_PER_EXAMPLE / each)
 
 
 def _rows(recipe: Recipe) -> int:

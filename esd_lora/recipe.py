@@ -118,6 +118,11 @@ class Recipe(BaseModel):
         "trained from what the closed form gives, which wants an `lr` of about 2e-2.",
     )
     rank: int = Field(4, ge=1, description="Rank of the adapters; alpha equals it.")
+    init: Literal["random", "differences"] = Field(
+        "random",
+        description="What lora_A starts from: `random` numbers, or `differences`, the directions in which the concept moves "
+        "what a layer reads; from these a patch learns sooner, and it depends less on the seed.",
+    )
     objective: Literal["paper", "authors", "closed-form"] = Field(
         "paper",
         description="`paper`: the anchor minus η times the guidance. `authors`: as their later code, anchored on the "

@@ -29,7 +29,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from esd_lora import adversary, processes
+from esd_lora import adversary, directions, processes
 from esd_lora.bases import DTYPES
 from esd_lora.bases.base import Base, Condition
 from esd_lora.checkpoint import Checkpoints
@@ -253,6 +253,8 @@ def _loop(
         _search(run)
         with run.watch.stage("trajectories"):
             _fill_banks(run)
+            if run.step == 0 and recipe.init == "differences":
+                _aim(run)
         _step(run)
         run.step += 1
         save = run.step % recipe.checkpoint_every == 0
@@ -351,6 +353,14 @@ def _fill_banks(run: Run) -> None:
         run.banks["preserve"] = recorded(
             run.preserve, _seed(recipe.seed, 0), steps=steps, guidance_scale=1.0, edited=False
         )
+
+
+def _aim(run: Run) -> None:
+    """Have the adapters start from where the concept moves what they read; all processes from the same."""
+    bank, batch_size = run.banks["erase"], run.recipe.batch_size
+    found = processes.agreed(lambda: directions.aim(run.base, run.conditions, bank, batch_size=batch_size))
+    directions.start(run.base, found)
+    run.passes += directions.passes(len(bank))
 
 
 def _step(run: Run) -> None:

@@ -99,6 +99,7 @@ def test_passes_worked_by_hand() -> None:
         ({"erase": "cat", "replace_with": "dog"}, {}, 3),  # c, ∅, a
         ({"erase": "hat", "from": "cowboy"}, {}, 3),  # s = a, ∅, c
         ({"erase": "hat", "from": "cowboy", "replace_with": "man"}, {}, 4),  # s, ∅, c, a
+        ({"erase": "cat"}, {"init": "differences"}, 2),  # and two of each of the bank's six examples
         ({"erase": "cat"}, {"x_t": "edited"}, 3 * (2 + 2)),  # teacher and student, at steps 0, 2 and 4
         ({"erase": "hat", "from": "cowboy"}, {"x_t": "edited"}, 3 * (3 + 2)),
         ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1}, 3),  # η asks for ∅
