@@ -78,7 +78,7 @@ divides a gradient by its size and so enlarges that where gradients are small: 1
 @pytest.mark.parametrize(
     ("n", "settings"),
     [
-        (2, {"batch_size": 3, "trajectories": 3}),  # shares of different sizes
+        (2, {"batch_size": 3, "trajectories": 3, "init": "differences"}),  # shares of different sizes
         (2, {"x_t": "edited", "refresh_every": 3, "layers": "full", "preserve_weight": 0}),  # one trajectory for two
         (3, {"keys": "closed-form", "objective": "paper", "batch_size": 4}),
         (2, {"objective": "closed-form"}),
