@@ -423,7 +423,9 @@ def test_several_processes_make_the_report_of_one(
     assert sum(row["method"] == "base" for row in one["rows"]) > 32  # more than a batch
     assert launch(work, seconds=300) == [0, 0]
     assert told(Path("several/report.json").read_text()) == one
-    assert {p.name for p in Path("several").iterdir()} == {"methods", "pictures", "report.json", "report.html"}
+    files = {"report.json", "report.html", "seen.jsonl"}
+    assert {p.name for p in Path("several").iterdir()} == {"methods", "pictures", *files}
+    assert Path("several/seen.jsonl").read_bytes() == Path("one/seen.jsonl").read_bytes()
     assert launch(again, seconds=300) == [0, 0]
     assert told(Path("several/report.json").read_text()) == one
 
