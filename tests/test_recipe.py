@@ -36,6 +36,7 @@ def test_what_is_left_out_has_its_documented_default() -> None:
         "layers": "esd-x",
         "keys": "learned",
         "rank": 4,
+        "init": "random",
         "objective": "paper",
         "eta": 2.0,
         "x_t": "base",
