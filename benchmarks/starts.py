@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import benchmark
 
@@ -62,7 +60,6 @@ def main() -> None:
     inits = get_args(Recipe.model_fields["init"].annotation)
     parser.add_argument("--inits", nargs="+", choices=inits, default=inits, metavar="INIT")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     base, evaluator = load_base("emoji"), EmojiEvaluator()
     print("| init | target | seed | UA | kept | at target | passes |\n|---|---|---|---|---|---|---|")
     for init in args.inits:

@@ -28,6 +28,7 @@ from esd_lora.errors import EsdLoraError, OutputError, PatchError, RecipeError
 
 if TYPE_CHECKING:
     from esd_lora.bases import Base
+    from esd_lora.evaluate.answers import Target
     from esd_lora.patch import Outline, Patch
     from esd_lora.recipe import Recipe
 
@@ -346,11 +347,10 @@ def evaluate(
         how |= {"revision": revision, "device": device, "dtype": dtype, "weights": weight or [1.0]}
         how |= {"answers": answers, "evaluator": evaluator, "against": against or [], "gold": gold, "clip": clip_score}
         from esd_lora import processes
-        from esd_lora.evaluate.answers import target_named
         from esd_lora.evaluate.comparing import Sampling, evaluate_patches
         from esd_lora.evaluate.page import make_report, points_of, rate_table
 
-        how["target"] = target_named(target) if target else None
+        how["target"] = _target(target)
         sampling = Sampling(steps=steps, guidance_scale=guidance_scale, resolution=resolution)
         command = shlex.join(["esd-lora", *sys.argv[1:]])
         with _progress("evaluate", None, quiet=quiet) as step:
@@ -475,13 +475,12 @@ def attack(
     if base != "emoji" and not (answers and evaluator):
         raise RecipeError(f"--base {base}: give --answers and --evaluator; emoji alone comes with its own")
     loaded = _patches(patch)
-    model = _base(base, revision=revision, device=device, dtype=dtype)
     how: dict[str, Any] = {"answers": answers, "evaluator": evaluator or "emoji", "words": concept or ()}
+    how["target"] = _target(target)
+    model = _base(base, revision=revision, device=device, dtype=dtype)
     how["gold"] = _base(str(gold), device=device, dtype=dtype) if gold else None
     from esd_lora.evaluate import comparing, suite
-    from esd_lora.evaluate.answers import target_named
 
-    how["target"] = target_named(target) if target else None
     sampling = comparing.Sampling(steps=steps, guidance_scale=guidance_scale, resolution=resolution)
     budget = suite.budget_of(n, quick=quick, sampling=sampling, batch_size=batch_size)
     erasure = suite.erasure_of(model, *loaded, merged=merged, budget=budget, **how)
@@ -860,6 +859,17 @@ def _patch(text: str) -> tuple[Patch, float]:
     if not math.isfinite(value):
         raise PatchError(f"{text}: the weight after the colon must be a number, got {weight!r}")
     return _find(path), value
+
+
+def _target(text: str | None) -> Target | None:
+    """The target of `KIND:LABEL`, where it is told.
+
+    Raises:
+        RecipeError: It is not of this form.
+    """
+    from esd_lora.evaluate.answers import target_named
+
+    return target_named(text) if text else None
 
 
 def _find(reference: str) -> Patch:

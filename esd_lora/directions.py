@@ -24,7 +24,7 @@ EXAMPLES = 24
 
 @torch.no_grad()
 def aim(base: Base, conditions: Condition, bank: Bank, *, batch_size: int, name: str = "patch") -> dict[str, Tensor]:
-    """The lora_A of every adapted layer that trains one, by the layer's name: (r, d) float32 on the CPU.
+    """The lora_A of every adapted layer that trains one, as `Base.load_adapter_state` takes them: (r, d) float32 on the CPU.
 
         lora_A = √d / r · V_r,    V_r the r strongest right singular vectors of the rows h(x_t, s) − h(x_t, ∅)
 
@@ -45,7 +45,10 @@ def aim(base: Base, conditions: Condition, bank: Bank, *, batch_size: int, name:
             asked = conditions[torch.cat([s, torch.zeros_like(s)])]
             base.predict(bank.x[some].repeat(2, 1, 1, 1).to(base.dtype), bank.t[some].repeat(2), asked)
     modules = dict(base.denoiser.named_modules())
-    return {layer: _strongest(moment, modules[layer].r[name]) for layer, moment in moments.items()}
+    return {
+        f"{base.prefix}.{layer}.lora_A.weight": _strongest(moment, modules[layer].r[name])
+        for layer, moment in moments.items()
+    }
 
 
 def passes(examples: int) -> int:
@@ -81,11 +84,3 @@ def _strongest(moment: Tensor, rank: int) -> Tensor:
     moment = moment if moment.device.type == "cuda" else moment.cpu()  # elsewhere there is no eigh
     vectors: Tensor = torch.linalg.eigh(moment).eigenvectors[:, -rank:].flip(1).T.cpu()
     return vectors * (math.sqrt(len(moment)) / rank)
-
-
-def start(base: Base, directions: Mapping[str, Tensor], *, name: str = "patch") -> None:
-    """Give the adapters these lora_A."""
-    with torch.no_grad():
-        modules = dict(base.denoiser.named_modules())
-        for layer, rows in directions.items():
-            modules[layer].lora_A[name].weight.copy_(rows)

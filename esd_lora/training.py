@@ -359,7 +359,7 @@ def _aim(run: Run) -> None:
     """Have the adapters start from where the concept moves what they read; all processes from the same."""
     bank, batch_size = run.banks["erase"], run.recipe.batch_size
     found = processes.agreed(lambda: directions.aim(run.base, run.conditions, bank, batch_size=batch_size))
-    directions.start(run.base, found)
+    run.base.load_adapter_state(found)
     run.passes += directions.passes(len(bank))
 
 

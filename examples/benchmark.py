@@ -119,11 +119,12 @@ class Bench:
         target = Target(kind=kind, label=name)
         concept = Concept(erase=name if kind == "object" else f"{name} style")
         subject = Subject(self.base, concept, target, folder / "methods", load=lambda: self.trainer)
+        told = ["--gold RUN" if method == GOLD else method for method in against]
         report = compare(
             Comparison(self.base, answers_of(name), target, self.evaluator, folder, SAMPLING, gaps=False),
             list(ways_for(subject, against, self.seeds, self.gold)),
             title=f"{concept.erase}, erased from emoji",
-            command=f"python examples/benchmark.py --targets {name} --against {' '.join(against).replace(GOLD, '--gold RUN')}",
+            command=f"python examples/benchmark.py --targets {name} --against {' '.join(told)}",
         )
         write_page(report, folder / "report.html")
         return [counts_of(name, kind, point) for point in points_of(make_report(report))]
@@ -337,6 +338,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--gold", type=Path, metavar="RUN", help="what train_unet.py --without left")
     args = parser.parse_args()
+    if args.gold and not (args.gold / "training.json").is_file():
+        parser.error(f"--gold: {args.gold} is no finished run of train_unet.py")
     gold = Gold.of(args.gold) if args.gold else None
     quick, trainer = load_base("emoji", dtype=quick_dtype()), load_base("emoji")
     bench = Bench(quick, trainer, EmojiEvaluator(), args.out, args.seeds, gold)

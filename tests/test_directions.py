@@ -12,7 +12,7 @@ from tiny import TINY
 from torch import Tensor
 
 from esd_lora.bases import Base, base_of
-from esd_lora.directions import EXAMPLES, aim, passes, start
+from esd_lora.directions import EXAMPLES, aim, passes
 from esd_lora.patch import load_patch
 from esd_lora.training import train
 from esd_lora.trajectories import Bank, Question, record
@@ -37,7 +37,7 @@ def test_text_layers_start_from_what_the_concepts_words_have_and_empty_ones_lack
     states = base.encode(["", "a cat"]).tensors["encoder_hidden_states"].double()
     _, _, right = torch.linalg.svd(states[1] - states[0], full_matrices=False)
     for layer in base.text_layers:
-        rows = found[layer]
+        rows = found[f"{base.prefix}.{layer}.lora_A.weight"]
         assert rows.shape == (RANK, states.shape[-1])
         unit = rows.double() * RANK / math.sqrt(states.shape[-1])
         # float32 moments of a few hundred rows; a direction has no sign
@@ -62,7 +62,7 @@ def test_starting_from_them_changes_no_prediction(base: Base) -> None:
     x, t = torch.randn(1, base.channels, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     condition = base.encode(["a cat"])
     before = base.predict(x, t, condition)
-    start(base, found)
+    base.load_adapter_state(found)
     assert torch.equal(base.predict(x, t, condition), before)  # lora_B is zero
     assert {k for k, v in base.adapter_state().items() if "lora_A" in k and v.abs().sum()} == {
         k for k in base.adapter_state() if "lora_A" in k

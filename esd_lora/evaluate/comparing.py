@@ -279,8 +279,7 @@ def compare(
         "measures": [m.model_dump() for way in ways if comparison.gaps for m in denoise_gaps(comparison, way, before)],
         "made": made(comparison, command=command),
     }
-    lines = "".join(json.dumps({"picture": path, **told}) + "\n" for path, told in details.items())
-    processes.agreed(lambda: write_file(comparison.folder / SEEN, lines.encode()))
+    processes.agreed(lambda: write_file(comparison.folder / SEEN, _lines(details)))
     processes.agreed(lambda: write_file(comparison.folder / "report.json", _json(report)))
     return report
 
@@ -512,10 +511,10 @@ def _distances(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.
 
 def _fits(comparison: Comparison, drawn: Drawn) -> list[Measure]:
     """The CLIP score of the pictures that do not ask for the target; none without a CLIP."""
-    pictures = dict(zip(drawn.asks, drawn.pictures, strict=True))
-    kept = some_of([a for a in drawn.asks if a.group != "target"], PAIRED)
     if comparison.clip is None:
         return []
+    pictures = dict(zip(drawn.asks, drawn.pictures, strict=True))
+    kept = some_of([a for a in drawn.asks if a.group != "target"], PAIRED)
     scores = comparison.clip.clip_scores([pictures[a] for a in kept], [a.prompt for a in kept])
     low, high = cluster_bootstrap(scores, [(a.prompt, a.seed) for a in kept])
     interval = {"value": sum(scores) / len(scores), "low": low, "high": high, "n": len(kept)}
@@ -566,6 +565,11 @@ def made(comparison: Comparison, *, command: str) -> dict[str, Any]:
             **({"CLIP": comparison.clip.digest} if comparison.clip else {}),
         },
     }
+
+
+def _lines(details: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """What was seen in each picture as JSON, a line each."""
+    return "".join(json.dumps({"picture": path, **told}) + "\n" for path, told in details.items()).encode()
 
 
 def _json(report: Mapping[str, Any]) -> bytes:

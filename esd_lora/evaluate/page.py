@@ -567,7 +567,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> Path:
     columns = [bare, *(places[place.method, place.strength] for place in document.shown)]
     concepts = concepts_of(columns)
     kept = sorted((c for c in concepts if c.group != "target"), key=lambda c: c.retained)
-    attacks = [tried(document, attack) for attack in document.attacks]
+    attacks = [tried(attack, document.target.label) for attack in document.attacks]
     pictures = pictures_of(columns, path.parent)
     page = render(
         "report.html",
@@ -612,12 +612,12 @@ class Found:
         return self.found.beyond(self.floor.found) if self.floor else None
 
 
-def tried(report: Report, trial: Trial) -> Found:
-    """An attack or control with its rate, and those of its controls."""
+def tried(trial: Trial, target: str) -> Found:
+    """An attack or control with its rate, and those of its controls; they look for the target, or a label of their own."""
     controls = trial.controls if isinstance(trial, Attack) else ()
-    label = (isinstance(trial, Control) and trial.label) or report.target.label
+    label = (isinstance(trial, Control) and trial.label) or target
     hits = [row.seen == label for row in trial.rows]
-    return Found(trial, rate(hits), [tried(report, c) for c in controls])
+    return Found(trial, rate(hits), [tried(c, target) for c in controls])
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from esd_lora.evaluate.attacks import BLANK, INVERT, RELEARN, Attack, Drawing, E
 from esd_lora.evaluate.baselines import emoji_filter
 from esd_lora.evaluate.comparing import Sampling, judge_of, questions
 from esd_lora.evaluate.evaluators import Evaluator
-from esd_lora.evaluate.rates import Rate, rate
+from esd_lora.evaluate.rates import Rate
 from esd_lora.folder import locked
 from esd_lora.merging import merged_denoiser
 from esd_lora.patch import Patch, write_file
@@ -862,33 +862,26 @@ class Result:
     found: Rate
     floor: Rate | None
     floor_of: str
+    beyond: Rate | None
     ceiling: Rate | None
     passes: int
     seconds: float
 
-    @property
-    def beyond(self) -> Rate | None:
-        """What it found that its highest floor did not."""
-        return self.found.beyond(self.floor) if self.floor else None
-
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {**asdict(self), "beyond": asdict(self.beyond) if self.beyond else None}
+        return asdict(self)
 
 
 def results_of(evidence: Evidence) -> list[Result]:
     """The result of each attack."""
-
-    def found(trial: page.Trial) -> Rate:
-        return rate([row.seen == evidence.target.label for row in trial.rows])
-
     results = []
     for attack in evidence.attacks:
-        floors = {c.name: found(c) for c in attack.controls if c.role == "floor"}
-        highest = max(floors, key=lambda name: floors[name].value, default="")
-        ceiling = next((found(c) for c in attack.controls if c.role == "ceiling"), None)
-        cost = attack.passes, attack.seconds
-        results.append(Result(attack.name, found(attack), floors.get(highest), highest, ceiling, *cost))
+        tried = page.tried(attack, evidence.target.label)
+        ceilings = [c.found for c in tried.controls if isinstance(c.trial, page.Control) and c.trial.role == "ceiling"]
+        floor, floor_of = (tried.floor.found, tried.floor.trial.name) if tried.floor else (None, "")
+        ceiling = next(iter(ceilings), None)
+        rates = tried.found, floor, floor_of, tried.beyond, ceiling
+        results.append(Result(attack.name, *rates, attack.passes, attack.seconds))
     return results
 
 
