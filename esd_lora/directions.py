@@ -8,6 +8,7 @@ soon a run erases depends on its seed. Of these it meets all, and what the conce
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,16 +21,18 @@ from esd_lora.trajectories import Bank
 
 EXAMPLES = 24
 """Examples of the bank that are looked at, evenly spread; each costs two passes."""
+PROBES = 16
+"""Directions that a layer's differences are sketched in, for each of the rank."""
 
 
 @torch.no_grad()
 def aim(base: Base, conditions: Condition, bank: Bank, *, batch_size: int, name: str = "patch") -> dict[str, Tensor]:
-    """The lora_A of every adapted layer that trains one, as `Base.load_adapter_state` takes them: (r, d) float32 on the CPU.
+    """The lora_A of every layer that trains one, as `Base.load_adapter_state` takes them: (r, d) float32 on the CPU.
 
         lora_A = √d / r · V_r,    V_r the r strongest right singular vectors of the rows h(x_t, s) − h(x_t, ∅)
 
     h is what a layer reads, in all places of some examples (x_t, t, s) of the bank, by the frozen model. The rows of lora_A
-    are as long as those of peft's Gaussian start, N(0, 1 / r²).
+    are as long as those of peft's Gaussian start, N(0, 1 / r²). A layer that no concept moves, before all words, is not there.
 
     Args:
         base: With untrained adapters.
@@ -39,15 +42,16 @@ def aim(base: Base, conditions: Condition, bank: Bank, *, batch_size: int, name:
         name: Of the adapters.
     """
     rows = torch.linspace(0, len(bank) - 1, min(EXAMPLES, len(bank)), device=bank.x.device).round().long()
-    with _moments(base, name) as moments, base.teacher():
+    with _sketches(base, name) as sketches, base.teacher():
         for some in torch.split(rows, batch_size):
             s = bank.s[some]
             asked = conditions[torch.cat([s, torch.zeros_like(s)])]
             base.predict(bank.x[some].repeat(2, 1, 1, 1).to(base.dtype), bank.t[some].repeat(2), asked)
     modules = dict(base.denoiser.named_modules())
     return {
-        f"{base.prefix}.{layer}.lora_A.weight": _strongest(moment, modules[layer].r[name])
-        for layer, moment in moments.items()
+        f"{base.prefix}.{layer}.lora_A.weight": _strongest(sketch, modules[layer].r[name])
+        for layer, sketch in sketches.items()
+        if sketch.any()
     }
 
 
@@ -57,30 +61,51 @@ def passes(examples: int) -> int:
 
 
 @contextmanager
-def _moments(base: Base, name: str) -> Iterator[Mapping[str, Tensor]]:
-    """Inside, Σ δ δᵀ (d, d) of each layer that trains its lora_A, δ what the halves of a batch differ by in what it reads."""
-    moments: dict[str, Tensor] = {}
+def _sketches(base: Base, name: str) -> Iterator[Mapping[str, Tensor]]:
+    """Inside, Σ δ δᵀ Ω (d, k) of each layer that trains its lora_A, δ what the halves of a batch differ by in what it reads."""
+    sketches: dict[str, Tensor] = {}
 
-    def add(layer: str, read: Tensor) -> None:
+    def add(layer: str, read: Tensor, rank: int) -> None:
         one, other = read.float().chunk(2)
         difference = (one - other).flatten(0, -2)
-        moments[layer] = moments.get(layer, torch.zeros((), device=read.device)) + difference.T @ difference
+        probes = _probes(difference.shape[-1], rank).to(difference)
+        sketches[layer] = sketches.get(layer, torch.zeros_like(probes)) + difference.T @ (difference @ probes)
 
     layers = {
         layer: module
         for layer, module in base.denoiser.named_modules()
         if name in getattr(module, "lora_A", {}) and module.lora_A[name].weight.requires_grad
     }
-    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: add(n, args[0])) for n, m in layers.items()]
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, n=n, r=m.r[name]: add(n, args[0], r)) for n, m in layers.items()
+    ]
     try:
-        yield moments
+        yield sketches
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _strongest(moment: Tensor, rank: int) -> Tensor:
-    """The r eigenvectors of the largest eigenvalues as rows (r, d), strongest first, of length √d / r."""
-    moment = moment if moment.device.type == "cuda" else moment.cpu()  # elsewhere there is no eigh
-    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors[:, -rank:].flip(1).T.cpu()
-    return vectors * (math.sqrt(len(moment)) / rank)
+@functools.cache
+def _probes(d: int, rank: int) -> Tensor:
+    """Ω: k orthonormal columns (d, k), random but always the same; all of d where d is no more than `PROBES` r."""
+    if d <= PROBES * rank:
+        return torch.eye(d)
+    probes: Tensor = torch.linalg.qr(torch.randn(d, PROBES * rank, generator=torch.Generator().manual_seed(0))).Q
+    return probes
+
+
+def _strongest(sketch: Tensor, rank: int) -> Tensor:
+    """The r strongest eigenvectors of M as rows (r, d), strongest first, of length √d / r, from Y = M Ω (d, k).
+
+    By Nyström's approximation M ≈ Y (Ωᵀ Y)⁻¹ Yᵀ (Tropp et al. 2017, arXiv:1706.05736), which is M where Ω is square: no layer
+    needs a matrix as wide as itself. Of a rank beyond d the last rows are zero.
+    """
+    found = sketch.cpu().double()
+    core = _probes(len(found), rank).double().T @ found
+    strengths, turn = torch.linalg.eigh((core + core.T) / 2)
+    # what is weaker than that are the roundings of float32 sums
+    root = found @ turn / strengths.clamp(min=1e-6 * float(strengths[-1])).sqrt()
+    vectors = torch.linalg.svd(root, full_matrices=False).U[:, :rank].T
+    rows = torch.nn.functional.pad(vectors, (0, 0, 0, rank - len(vectors)))
+    return rows.float() * (math.sqrt(len(found)) / rank)

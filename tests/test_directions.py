@@ -12,7 +12,7 @@ from tiny import TINY
 from torch import Tensor
 
 from esd_lora.bases import Base, base_of
-from esd_lora.directions import EXAMPLES, aim, passes
+from esd_lora.directions import EXAMPLES, PROBES, _probes, _strongest, aim, passes
 from esd_lora.patch import load_patch
 from esd_lora.training import train
 from esd_lora.trajectories import Bank, Question, record
@@ -67,6 +67,35 @@ def test_starting_from_them_changes_no_prediction(base: Base) -> None:
     assert {k for k, v in base.adapter_state().items() if "lora_A" in k and v.abs().sum()} == {
         k for k in base.adapter_state() if "lora_A" in k
     }
+
+
+def test_a_sketch_finds_what_the_whole_matrix_has() -> None:
+    """Of a matrix too wide to be kept, whose strengths fall by a quarter each: its strongest directions, by float64."""
+    d, rank = 300, 4
+    generator = torch.Generator().manual_seed(1)
+    turn = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)).Q
+    matrix = turn * 0.75 ** torch.arange(d).double() @ turn.T
+    probes = _probes(d, rank)
+    assert probes.shape == (d, PROBES * rank)
+    rows = _strongest((matrix @ probes.double()).float(), rank) * rank / math.sqrt(d)
+    # of 64 directions those left out weigh 0.75^64 = 1e-8; float32 rounds before that
+    assert (rows.double() @ turn[:, :rank]).abs() == pytest.approx(torch.eye(rank).double(), abs=1e-3)
+
+
+def test_more_rank_than_a_layer_is_wide_has_no_more_directions() -> None:
+    rows = _strongest(torch.diag(torch.tensor([1.0, 4.0, 9.0])), 5)
+    wanted = torch.nn.functional.pad(torch.eye(3).flip(0), (0, 0, 0, 2)) * math.sqrt(3) / 5
+    assert rows.abs() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_layer_that_no_prompt_reaches_keeps_its_random_start(base: Base) -> None:
+    """The self-attention before the first cross-attention, and the queries of that, read the same whatever is asked."""
+    bank = bank_of(base)
+    base.add_adapter(layers="full", rank=RANK)
+    found = aim(base, base.encode(["", "a cat"]), bank, batch_size=2)
+    kept = {k for k in base.adapter_state() if "lora_A" in k} - set(found)
+    assert len({name.split(".attn")[0] for name in kept}) == 1  # one block's
+    assert all(".attn1." in name or ".attn2.to_q." in name for name in kept)
 
 
 def test_a_bank_that_is_small_is_looked_at_whole() -> None:
