@@ -21,6 +21,9 @@ from esd_lora.trajectories import Bank
 
 EXAMPLES = 24
 """Examples of the bank that are looked at, evenly spread; each costs two passes."""
+LENGTH = math.sqrt(128)
+"""Of the rows of lora_A, times the rank: that of peft's random rows in 128 dimensions, as the embedded base has; elsewhere the
+same, for what a row meets of a concept grows with the width already."""
 PROBES = 16
 """Directions that a layer's differences are sketched in, for each of the rank."""
 
@@ -29,10 +32,10 @@ PROBES = 16
 def aim(base: Base, conditions: Condition, bank: Bank, *, batch_size: int, name: str = "patch") -> dict[str, Tensor]:
     """The lora_A of every layer that trains one, as `Base.load_adapter_state` takes them: (r, d) float32 on the CPU.
 
-        lora_A = √d / r · V_r,    V_r the r strongest right singular vectors of the rows h(x_t, s) − h(x_t, ∅)
+        lora_A = √128 / r · V_r,    V_r the r strongest right singular vectors of the rows h(x_t, s) − h(x_t, ∅)
 
-    h is what a layer reads, in all places of some examples (x_t, t, s) of the bank, by the frozen model. The rows of lora_A
-    are as long as those of peft's Gaussian start, N(0, 1 / r²). A layer that no concept moves, before all words, is not there.
+    h is what a layer reads, in all places of some examples (x_t, t, s) of the bank, by the frozen model. A layer that no
+    concept moves, before all words, is not there.
 
     Args:
         base: With untrained adapters.
@@ -96,7 +99,7 @@ def _probes(d: int, rank: int) -> Tensor:
 
 
 def _strongest(sketch: Tensor, rank: int) -> Tensor:
-    """The r strongest eigenvectors of M as rows (r, d), strongest first, of length √d / r, from Y = M Ω (d, k).
+    """The r strongest eigenvectors of M as rows (r, d), strongest first, of length √128 / r, from Y = M Ω (d, k).
 
     By Nyström's approximation M ≈ Y (Ωᵀ Y)⁻¹ Yᵀ (Tropp et al. 2017, arXiv:1706.05736), which is M where Ω is square: no layer
     needs a matrix as wide as itself. Of a rank beyond d the last rows are zero.
@@ -108,4 +111,4 @@ def _strongest(sketch: Tensor, rank: int) -> Tensor:
     root = found @ turn / strengths.clamp(min=1e-6 * float(strengths[-1])).sqrt()
     vectors = torch.linalg.svd(root, full_matrices=False).U[:, :rank].T
     rows = torch.nn.functional.pad(vectors, (0, 0, 0, rank - len(vectors)))
-    return rows.float() * (math.sqrt(len(found)) / rank)
+    return rows.float() * (LENGTH / rank)

@@ -103,7 +103,7 @@ class Recipe(BaseModel):
         description="Prompts whose pictures must stay. Default: a list of everyday subjects and styles without the "
         "words of the concepts, and the empty prompt.",
     )
-    preserve_weight: float = Field(2.0, ge=0, description="λ: weight of the preservation loss; 0 turns it off.")
+    preserve_weight: float = Field(4.0, ge=0, description="λ: weight of the preservation loss; 0 turns it off.")
     layers: Layers = Field(
         "esd-x",
         description="`esd-x`: cross-attention q, k, v, out. `esd-x-strict`: cross-attention k, v. `esd-u`: "
@@ -113,22 +113,22 @@ class Recipe(BaseModel):
     keys: Literal["learned", "closed-form"] = Field(
         "learned",
         description="`learned`: for one patch, of one concept or of several together. `closed-form`: for patches that are made "
-        "apart and stacked: lora_A of cross-attention k and v is computed from the text encoder's vocabulary; `layers` is then "
-        "`esd-x-strict`, `objective` `closed-form`, `rank` 2 and `eta` 0.5 by default. With `objective: paper` lora_B is "
-        "trained from what the closed form gives, which wants an `lr` of about 2e-2.",
+        "apart and stacked: lora_A of cross-attention k and v is computed from the text encoder's vocabulary; by default "
+        "`layers` is then `esd-x-strict`, `objective` `closed-form`, `rank` 2, `eta` 0.5 and `preserve_weight` 2. With "
+        "`objective: paper` lora_B is trained from what the closed form gives, which wants an `lr` of about 2e-2.",
     )
     rank: int = Field(4, ge=1, description="Rank of the adapters; alpha equals it.")
-    init: Literal["random", "differences"] = Field(
-        "random",
-        description="What lora_A starts from: `random` numbers, or `differences`, the directions in which the concept moves "
-        "what a layer reads; from these a patch learns sooner, and it depends less on the seed.",
+    init: Literal["differences", "random"] = Field(
+        "differences",
+        description="What lora_A starts from: `differences`, the directions in which the concept moves what a layer reads, or "
+        "`random` numbers, from which a patch learns later, and by luck: it depends on the seed.",
     )
     objective: Literal["paper", "authors", "closed-form"] = Field(
         "paper",
         description="`paper`: the anchor minus η times the guidance. `authors`: as their later code, anchored on the "
         "concept itself where there is no other anchor, so that `eta` is their negative_guidance (paper's η plus one). "
         "`closed-form`: the words' keys and values moved to the anchor's without training, as UCE; `eta`, by default 0.5, "
-        "`rank`, `preserve` and `preserve_weight` still count.",
+        "`preserve_weight`, by default 2, `rank` and `preserve` still count.",
     )
     eta: float = Field(2.0, ge=0, description="η: how far to push away from the concept; 0 moves to the anchor.")
     x_t: Literal["base", "edited"] = Field(
@@ -153,7 +153,7 @@ class Recipe(BaseModel):
     )
     steps: int = Field(60, ge=1, description="Gradient steps.")
     batch_size: int = Field(2, ge=1, description="Examples a step; as many preservation examples come on top.")
-    lr: float = Field(3e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
+    lr: float = Field(6e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule, by diffusers' names."
     )
@@ -180,7 +180,7 @@ class Recipe(BaseModel):
     def _closed_form_defaults(cls, value: object) -> object:
         if not isinstance(value, Mapping) or "closed-form" not in (value.get("keys"), value.get("objective")):
             return value
-        filled = {"layers": "esd-x-strict", **value}
+        filled = {"layers": "esd-x-strict", "preserve_weight": 2.0, **value}
         if value.get("keys") == "closed-form":
             solved = "closed-form" if filled["layers"] == "esd-x-strict" else "paper"
             filled = {"objective": solved, "rank": 2, **filled}

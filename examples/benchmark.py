@@ -110,7 +110,7 @@ class Bench:
             "sampling": asdict(SAMPLING),
             "pictures": dict(PICTURES),
             "seeds": self.seeds,
-            "ours": {k: dict(v) for k, v in OURS.items()},
+            "ours": {name: made_by(fields) for name, fields in OURS.items()},
         }
 
     def run(self, name: str, against: Sequence[str]) -> list[dict[str, Any]]:
@@ -128,6 +128,12 @@ class Bench:
         )
         write_page(report, folder / "report.html")
         return [counts_of(name, kind, point) for point in points_of(make_report(report))]
+
+
+def made_by(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe with these fields has besides its concept and its seed, the defaults of today among it."""
+    recipe = Recipe(base="emoji", concepts=(Concept(erase="cat"),), **fields).to_dict()
+    return {k: v for k, v in recipe.items() if k not in ("concepts", "seed")}
 
 
 def answers_of(target: str) -> Answers:

@@ -82,11 +82,12 @@ def test_known_bases(base: str, family: str, parameters: int, prediction_type: s
 
 def test_passes_worked_by_hand() -> None:
     settings = {"trajectories": 3, "trajectory_steps": 10, "steps": 50, "batch_size": 4}
-    # 3 × 10 × {c, ∅}; 10 × {p}, without guidance; 50 × (4 + 4) × 3
+    # 3 × 10 × {c, ∅}; 10 × {p}, without guidance; 24 examples of the 30, twice; 50 × (4 + 4) × 3
     passes = count_passes(recipe_of(SD15, **settings))
-    assert (passes.concepts, passes.preservation, passes.training, passes.total) == (60, 10, 1200, 1270)
-    assert passes.per_example == 1270 / 200
-    assert passes.authors_ratio == 56 * 200 / 1270
+    assert (passes.concepts, passes.preservation, passes.aiming, passes.training) == (60, 10, 48, 1200)
+    assert passes.total == 1318
+    assert passes.per_example == 1318 / 200
+    assert passes.authors_ratio == 56 * 200 / 1318
     passes = count_passes(recipe_of(SD15, **settings, preserve=[str(i) for i in range(40)]))
     assert passes.preservation == 5 * 40  # 50 × 4 examples are used: 5 of each prompt, not 10
     passes = count_passes(recipe_of(SD15, **settings, preserve_weight=0))
@@ -99,7 +100,8 @@ def test_passes_worked_by_hand() -> None:
         ({"erase": "cat", "replace_with": "dog"}, {}, 3),  # c, ∅, a
         ({"erase": "hat", "from": "cowboy"}, {}, 3),  # s = a, ∅, c
         ({"erase": "hat", "from": "cowboy", "replace_with": "man"}, {}, 4),  # s, ∅, c, a
-        ({"erase": "cat"}, {"init": "differences"}, 2),  # and two of each of the bank's six examples
+        ({"erase": "cat"}, {}, 2),  # and two of each of the bank's six examples
+        ({"erase": "cat"}, {"init": "random"}, 2),
         ({"erase": "cat"}, {"x_t": "edited"}, 3 * (2 + 2)),  # teacher and student, at steps 0, 2 and 4
         ({"erase": "hat", "from": "cowboy"}, {"x_t": "edited"}, 3 * (3 + 2)),
         ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1}, 3),  # η asks for ∅
