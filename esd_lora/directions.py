@@ -110,5 +110,7 @@ def _strongest(sketch: Tensor, rank: int) -> Tensor:
     # what is weaker than that are the roundings of float32 sums
     root = found @ turn / strengths.clamp(min=1e-6 * float(strengths[-1])).sqrt()
     vectors = torch.linalg.svd(root, full_matrices=False).U[:, :rank].T
+    # either sign is right; that with a positive largest entry is the same on every machine
+    vectors = vectors * vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
     rows = torch.nn.functional.pad(vectors, (0, 0, 0, rank - len(vectors)))
     return rows.float() * (LENGTH / rank)
