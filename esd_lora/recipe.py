@@ -153,7 +153,7 @@ class Recipe(BaseModel):
     )
     steps: int = Field(60, ge=1, description="Gradient steps.")
     batch_size: int = Field(2, ge=1, description="Examples a step; as many preservation examples come on top.")
-    lr: float = Field(6e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
+    lr: float = Field(4e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule, by diffusers' names."
     )

@@ -46,7 +46,7 @@ def test_what_is_left_out_has_its_documented_default() -> None:
         "guidance_scale": 3.0,
         "steps": 60,
         "batch_size": 2,
-        "lr": 6e-3,
+        "lr": 4e-3,
         "lr_schedule": "cosine",
         "warmup_steps": 0,
         "max_grad_norm": 1.0,
