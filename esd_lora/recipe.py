@@ -130,7 +130,7 @@ class Recipe(BaseModel):
         "`closed-form`: the words' keys and values moved to the anchor's without training, as UCE; `eta`, by default 0.5, "
         "`preserve_weight`, by default 2, `rank` and `preserve` still count.",
     )
-    eta: float = Field(2.0, ge=0, description="η: how far to push away from the concept; 0 moves to the anchor.")
+    eta: float = Field(1.5, ge=0, description="η: how far to push away from the concept; 0 moves to the anchor.")
     x_t: Literal["base", "edited"] = Field(
         "base",
         description="Whose denoising trajectories are trained on: the frozen model's, as the authors' current code, "
@@ -153,7 +153,7 @@ class Recipe(BaseModel):
     )
     steps: int = Field(60, ge=1, description="Gradient steps.")
     batch_size: int = Field(2, ge=1, description="Examples a step; as many preservation examples come on top.")
-    lr: float = Field(4e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
+    lr: float = Field(5e-3, gt=0, lt=1e38, description="Learning rate of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = Field(
         "cosine", description="Learning-rate schedule, by diffusers' names."
     )

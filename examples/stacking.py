@@ -58,7 +58,7 @@ POOL = (
 FAR: Mapping[str, Any] = {"keys": "closed-form", "eta": 2.0}
 """Keyed patches that push as far away as the learned ones; at half their weight they are those of the default η of 0.5."""
 
-RANDOM: Mapping[str, Any] = {"init": "random", "lr": 3e-3, "preserve_weight": 2.0}
+RANDOM: Mapping[str, Any] = {"init": "random", "lr": 3e-3, "eta": 2.0, "preserve_weight": 2.0}
 """The defaults of the time when these were measured, where today's differ."""
 
 KINDS: Mapping[str, dict[str, Any]] = {
@@ -71,15 +71,15 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "keyed, rank 4": {**FAR, "rank": 4},
     "keyed, rank 8": {**FAR, "rank": 8},
     "keyed, kept weight 20": {**FAR, "preserve_weight": 20.0},
-    "keyed, trained": {"keys": "closed-form", "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0},
-    "keyed, trained and preserved": {"keys": "closed-form", "objective": "paper", "lr": 2e-2},
+    "keyed, trained": {**FAR, "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0},
+    "keyed, trained and preserved": {**FAR, "objective": "paper", "lr": 2e-2},
     "uce": {"objective": "closed-form", "eta": 0.0},
     "learned": {**RANDOM, "preserve_weight": 0.0},
     "preserved": {**RANDOM},
     "preserved more": {**RANDOM, "preserve_weight": 5.0, "steps": 120},
     "robust": {**RANDOM, "robust": 2},
     "full": {**RANDOM, "layers": "full"},
-    "keyed, robust": {"keys": "closed-form", "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0, "robust": 2},
+    "keyed, robust": {**FAR, "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0, "robust": 2},
     "keyed, q and out learned": {**RANDOM, "keys": "closed-form", "layers": "esd-x"},
 }
 """What a recipe has besides its concept."""

@@ -232,7 +232,7 @@ def test_a_run_with_closed_keys_goes_on_where_it_stopped(base: Base, recipe_of: 
 def test_closed_keys_need_cross_attention(recipe_of: RecipeOf) -> None:
     keyed, full = recipe_of(keys="closed-form"), recipe_of(keys="closed-form", layers="full")
     assert (keyed.layers, keyed.objective, keyed.eta) == ("esd-x-strict", "closed-form", 0.5)
-    assert (full.layers, full.objective, full.eta) == ("full", "paper", 2.0)  # other layers have no words to solve for
+    assert (full.layers, full.objective, full.eta) == ("full", "paper", 1.5)  # other layers have no words to solve for
     assert recipe_of(keys="closed-form", eta=2.0).eta == 2.0
     assert make_recipe({"base": "emoji", "concepts": "cat", "keys": "closed-form"}).rank == 2
     with pytest.raises(
