@@ -220,6 +220,9 @@ def table(rows: Rows) -> list[str]:
     return lines
 
 
+TOLD = ("objective", "keys", "layers", "rank", "eta", "preserve_weight")
+TOLD_OF_TRAINING = ("init", "steps", "batch_size", "lr")
+"""What the page tells of our recipes."""
 ERASED = 0.95
 """The mean UA at which methods are compared."""
 CONTROLS = ("base", "null", "random", "scrambling")
@@ -327,10 +330,24 @@ much more our defaults and our keyed patches, chosen likewise, keep of the same 
 """
 
 
-def write_page_of(rows: Rows, folder: Path) -> None:
+Known = dict[str, Any]
+"""What benchmark.json has: by target its setting and what it was compared with, and the rows of counts."""
+
+
+def standing_with(known: Known, setting: Mapping[str, Any]) -> Known:
+    """What of it was measured by this setting, so that it stands together."""
+    targets = {t: s for t, s in known["targets"].items() if s == {**setting, "against": s["against"]}}
+    return {"targets": targets, "rows": [r for r in known["rows"] if r["target"] in targets]}
+
+
+def write_page_of(known: Known, folder: Path) -> None:
     """Write the page of all counts, and its plot."""
+    rows, ours = known["rows"], next(iter(known["targets"].values()))["ours"]
     plot(rows, folder / "benchmark.png")
-    lines = [*matched(rows), "", "Every method at every strength:", "", *table(rows)]
+    lines = [*matched(rows), "", "Every method at every strength:", "", *table(rows), "", "What our recipes have:", ""]
+    for name, fields in ours.items():
+        told = (*TOLD, *(() if fields["objective"] == "closed-form" else TOLD_OF_TRAINING))
+        lines.append(f"* {name}: {', '.join(f'{k} {fields[k]}' for k in told)}")
     write_file(folder / "benchmark.md", (HEAD + "\n".join(lines) + "\n").encode())
 
 
@@ -350,10 +367,12 @@ def main() -> None:
     quick, trainer = load_base("emoji", dtype=quick_dtype()), load_base("emoji")
     bench = Bench(quick, trainer, EmojiEvaluator(), args.out, args.seeds, gold)
     path = args.out / "benchmark.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"targets": {}, "rows": []}
+    found: Known = json.loads(path.read_text()) if path.exists() else {"targets": {}, "rows": []}
+    known = standing_with(found, bench.setting)
+    if others := [t for t in found["targets"] if t not in known["targets"]]:
+        print(f"left out, for they were measured otherwise: {', '.join(others)}", flush=True)
     for name in args.targets:
-        before = known["targets"].get(name, {})
-        done = before["against"] if before == {**bench.setting, "against": before.get("against")} else ()
+        done = known["targets"].get(name, {}).get("against", ())
         asked = {*args.against, *([GOLD] if gold and name in gold.lacks else [])}
         if done and asked <= {*done}:
             continue
@@ -365,7 +384,7 @@ def main() -> None:
         lines = ",\n".join(map(json.dumps, rows))
         write_file(path, f'{json.dumps({"targets": known["targets"]})[:-1]}, "rows": [\n{lines}\n]}}\n'.encode())
         print(f"{name}: done", flush=True)
-    write_page_of(known["rows"], args.out)
+    write_page_of(known, args.out)
     print(args.out / "benchmark.md")
 
 

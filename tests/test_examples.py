@@ -345,8 +345,14 @@ def test_methods_are_compared_at_the_strength_that_keeps_most_and_erases_enough(
     assert lines[1][4:6] == ["+4.0 [+4.0, +4.0]", ""]
     assert lines[2][4:6] == ["+10.0 [+10.0, +10.0]", "+6.0 [+6.0, +6.0]"]  # of each target 94 - 84 and 90 - 84
     assert lines[3][2] == "at no strength 95"
-    benchmark.write_page_of(rows, tmp_path)
+    setting = {"ours": {"esd_lora": benchmark.made_by({"rank": 7})}}
+    known = {"targets": {name: {**setting, "against": ["other"]} for name in ("cat", "dog")}, "rows": rows}
+    benchmark.write_page_of(known, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"benchmark.md", "benchmark.png"}
+    assert "rank 7, eta 1.5" in (tmp_path / "benchmark.md").read_text()
+    known["targets"]["dog"]["ours"] = {"esd_lora": benchmark.made_by({})}  # of other defaults
+    left = benchmark.standing_with(known, setting)
+    assert set(left["targets"]) == {r["target"] for r in left["rows"]} == {"cat"}
 
 
 def counts(method: str, kind: str, strength: float, **found: int) -> dict[str, Any]:
