@@ -35,7 +35,7 @@ def aim(base: Base, conditions: Condition, bank: Bank, *, batch_size: int, name:
         lora_A = √128 / r · V_r,    V_r the r strongest right singular vectors of the rows h(x_t, s) − h(x_t, ∅)
 
     h is what a layer reads, in all places of some examples (x_t, t, s) of the bank, by the frozen model. A layer that no
-    concept moves, before all words, is not there.
+    concept moves, before all words, is not there, and none that overflows, which training will tell of.
 
     Args:
         base: With untrained adapters.
@@ -54,7 +54,7 @@ def aim(base: Base, conditions: Condition, bank: Bank, *, batch_size: int, name:
     return {
         f"{base.prefix}.{layer}.lora_A.weight": _strongest(sketch, modules[layer].r[name])
         for layer, sketch in sketches.items()
-        if sketch.any()
+        if 0 < sketch.abs().sum() < math.inf
     }
 
 

@@ -96,6 +96,15 @@ def test_a_layer_that_no_prompt_reaches_keeps_its_random_start(base: Base) -> No
     assert all(".attn1." in name or ".attn2.to_q." in name for name in kept)
 
 
+def test_where_numbers_overflow_training_tells_and_not_the_search_for_directions(base: Base) -> None:
+    bank = bank_of(base)
+    bank.x.fill_(torch.nan)
+    base.add_adapter(layers="esd-x", rank=RANK)
+    found = aim(base, base.encode(["", "a cat"]), bank, batch_size=2)
+    # what keys and values read are the text states, which are as they should be
+    assert {name.split(".")[-3] for name in found} == {"to_k", "to_v"}
+
+
 def test_a_bank_that_is_small_is_looked_at_whole() -> None:
     assert (passes(6), passes(1000)) == (12, 2 * EXAMPLES)
 
