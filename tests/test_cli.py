@@ -216,7 +216,7 @@ def test_show_tells_what_a_patch_is(call: Call, patch_folder: Path) -> None:
     assert (lines["erases"], lines["layers"], lines["rank"], lines["modules"]) == ("cat", "esd-x", "2", "16")
     info = json.loads(call("show", patch_folder, "--json").out)
     assert info["recipe"]["concepts"][0]["erase"] == "cat"
-    assert info["forward_passes"] == 84
+    assert info["forward_passes"] == 90
 
 
 def test_plan_counts_what_training_will_do(call: Call, tiny_folder: Path, patch: Patch) -> None:

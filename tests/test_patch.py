@@ -96,8 +96,8 @@ def test_a_patch_says_where_it_comes_from(patch: Patch, base: Base, tiny_folder:
     concept = {"erase": "cat", "from": None, "replace_with": None, "synonyms": []}
     assert patch.info["recipe"]["concepts"] == [concept]
     assert patch.info["versions"]["torch"] == torch.__version__
-    # 3 steps × {c, ∅}; preserving, without guidance: 3 × {∅} + 3 × {dog}; 6 × (2 + 2) × 3
-    assert patch.info["cost"] == {"forward_passes": 6 + 3 + 3 + 72}
+    # 3 steps × {c, ∅}; preserving, without guidance: 3 × {∅} + 3 × {dog}; directions of 3 × {c, ∅}; 6 × (2 + 2) × 3
+    assert patch.info["cost"] == {"forward_passes": 6 + 3 + 3 + 6 + 72}
     assert 0 < patch.info["loss"] < 10
     assert set(patch.ranks.values()) == {2}
 
