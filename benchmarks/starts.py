@@ -25,7 +25,7 @@ from esd_lora.evaluate.answers import Ask
 from esd_lora.evaluate.evaluators import EmojiEvaluator
 from esd_lora.patch import Patch
 from esd_lora.pictures import generate
-from esd_lora.recipe import Concept, Recipe
+from esd_lora.recipe import Recipe
 from esd_lora.training import train
 
 CASES = ("apple:2", "ink:0", "pixel:2", "tiger:2", "neon:1", "bus:2", "car:1", "cat:0", "ink:1", "clock:2")
@@ -64,8 +64,8 @@ def main() -> None:
     print("| init | target | seed | UA | kept | at target | passes |\n|---|---|---|---|---|---|---|")
     for init in args.inits:
         for target, seed in args.cases:
-            concept = Concept(erase=target if target in OBJECTS else f"{target} style")
-            patch = train(Recipe(base="emoji", concepts=(concept,), seed=seed, init=init), base)
+            recipe = Recipe(base="emoji", concepts=(benchmark.concept_of(target),), seed=seed, init=init)
+            patch = train(recipe, base)
             shown = " | ".join(f"{r:.0f}" for r in rates(base, patch, target, evaluator))
             print(f"| {init} | {target} | {seed} | {shown} | {patch.info['cost']['forward_passes']:,} |", flush=True)
 

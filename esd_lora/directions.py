@@ -67,21 +67,19 @@ def passes(examples: int) -> int:
 def _sketches(base: Base, name: str) -> Iterator[Mapping[str, Tensor]]:
     """Inside, Σ δ δᵀ Ω (d, k) of each layer that trains its lora_A, δ what the halves of a batch differ by in what it reads."""
     sketches: dict[str, Tensor] = {}
-
-    def add(layer: str, read: Tensor, rank: int) -> None:
-        one, other = read.float().chunk(2)
-        difference = (one - other).flatten(0, -2)
-        probes = _probes(difference.shape[-1], rank).to(difference)
-        sketches[layer] = sketches.get(layer, torch.zeros_like(probes)) + difference.T @ (difference @ probes)
-
     layers = {
         layer: module
         for layer, module in base.denoiser.named_modules()
         if name in getattr(module, "lora_A", {}) and module.lora_A[name].weight.requires_grad
     }
-    hooks = [
-        m.register_forward_pre_hook(lambda _, args, n=n, r=m.r[name]: add(n, args[0], r)) for n, m in layers.items()
-    ]
+
+    def add(layer: str, read: Tensor) -> None:
+        one, other = read.float().chunk(2)
+        difference = (one - other).flatten(0, -2)
+        probes = _probes(difference.shape[-1], layers[layer].r[name]).to(difference)
+        sketches[layer] = sketches.get(layer, torch.zeros_like(probes)) + difference.T @ (difference @ probes)
+
+    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: add(n, args[0])) for n, m in layers.items()]
     try:
         yield sketches
     finally:

@@ -116,8 +116,7 @@ class Bench:
     def run(self, name: str, against: Sequence[str]) -> list[dict[str, Any]]:
         """The counts of every method at every strength for one target, whose report is written too."""
         kind, folder = "object" if name in OBJECTS else "style", self.out / name
-        target = Target(kind=kind, label=name)
-        concept = Concept(erase=name if kind == "object" else f"{name} style")
+        target, concept = Target(kind=kind, label=name), concept_of(name)
         subject = Subject(self.base, concept, target, folder / "methods", load=lambda: self.trainer)
         told = ["--gold RUN" if method == GOLD else method for method in against]
         report = compare(
@@ -130,9 +129,14 @@ class Bench:
         return [counts_of(name, kind, point) for point in points_of(make_report(report))]
 
 
+def concept_of(target: str) -> Concept:
+    """What a recipe erases for a target."""
+    return Concept(erase=target if target in OBJECTS else f"{target} style")
+
+
 def made_by(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe with these fields has besides its concept and its seed, the defaults of today among it."""
-    recipe = Recipe(base="emoji", concepts=(Concept(erase="cat"),), **fields).to_dict()
+    recipe = Recipe(base="emoji", concepts=(concept_of("cat"),), **fields).to_dict()
     return {k: v for k, v in recipe.items() if k not in ("concepts", "seed")}
 
 
