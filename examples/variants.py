@@ -1,4 +1,4 @@
-"""Train and measure every variant of the method on the embedded base: the table of the README's method section.
+"""Train and measure every variant of the method on the embedded base: a table of docs/findings.md.
 
     python examples/variants.py --out runs/variants [--concept cat] [--only rank]
 

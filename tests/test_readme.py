@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import yaml
 
 import esd_lora
@@ -24,11 +25,12 @@ def test_every_command_is_in_the_table_of_commands() -> None:
 
 
 def test_every_field_of_a_recipe_is_explained_with_its_default() -> None:
+    fields = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
     for model, place in ((Recipe, ""), (Concept, "concepts.")):
         for name, field in model.model_fields.items():
             default = "required" if field.is_required() else yaml.safe_dump(field.default).splitlines()[0]
             row = f"| `{place}{field.alias or name}` | {default} | {field.description} |"
-            assert row.replace(" | null | ", " | | ") in README, row
+            assert row.replace(" | null | ", " | | ") in fields, row
 
 
 def test_every_recipe_is_in_the_table_of_recipes() -> None:
@@ -52,11 +54,20 @@ def test_it_names_every_baseline() -> None:
     assert all(f"`{name}`" in told for name in BASELINES)
 
 
-def test_pictures_and_files_that_the_readme_links_to_exist() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    for link in links:
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
+def test_what_a_page_links_to_exists(page: Path) -> None:
+    """A file that is not there, or a heading that it does not have, is a dead end."""
+    for link, _, heading in re.findall(r"\]\(([^)#\s]*)(#([^)\s]+))?\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            place = page.parent / link if link else page
+            assert place.exists(), link
+            assert not heading or heading in headings_of(place), f"{link}#{heading}"
+
+
+def headings_of(page: Path) -> list[str]:
+    """As GitHub makes links of them: lower case, without punctuation, with hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
 
 
 def test_the_changelog_is_about_this_version() -> None:
