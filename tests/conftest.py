@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: threads of several workers wait for each other
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
 
@@ -25,8 +26,6 @@ from esd_lora.bases import Base, load_base
 from esd_lora.patch import Patch
 from esd_lora.recipe import Recipe, make_recipe
 from esd_lora.training import train
-
-torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -26,9 +26,9 @@ from esd_lora.training import train
 
 @pytest.fixture(scope="module", autouse=True)
 def _all_cores() -> Iterator[None]:
-    """The other tests run on one thread; these draw hundreds of pictures."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    """The other tests run on one thread; these draw hundreds of pictures, by this worker's share of the cores."""
+    before, workers = torch.get_num_threads(), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     yield
     torch.set_num_threads(before)
 
