@@ -1,6 +1,6 @@
 """What adapters start from, over seeds: how much is erased and kept with each `init`, on the answers of the benchmark.
 
-    python benchmarks/starts.py [--cases apple:2 ink:0 cat:0] [--inits random differences]
+    python benchmarks/starts.py [--cases apple:2 ink:0 cat:0] [--inits random differences] [--set preserve_beside=true]
 
 A case is a target of the embedded base and a seed of training. UA: the target gone; kept: object and style right where
 something else is asked for; at target: the other of the two right where the target is asked for. Per cent, by pictures of half
@@ -13,7 +13,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import benchmark
@@ -40,6 +42,14 @@ def case(text: str) -> tuple[str, int]:
     return target, int(seed)
 
 
+def field(text: str) -> tuple[str, Any]:
+    """A field of a recipe and its value."""
+    name, _, value = text.partition("=")
+    if name not in Recipe.model_fields or not value:
+        raise argparse.ArgumentTypeError(f"{text}: must be FIELD=VALUE of a recipe, such as preserve_beside=true")
+    return name, yaml.safe_load(value)
+
+
 def rates(base: Base, patch: Patch, target: str, evaluator: EmojiEvaluator) -> list[float]:
     """UA, kept and at target."""
     own, other = ("object", "style") if target in OBJECTS else ("style", "object")
@@ -59,12 +69,15 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", type=case, default=[case(c) for c in CASES], metavar="TARGET:SEED")
     inits = get_args(Recipe.model_fields["init"].annotation)
     parser.add_argument("--inits", nargs="+", choices=inits, default=inits, metavar="INIT")
+    parser.add_argument("--set", nargs="+", type=field, default=[], metavar="FIELD=VALUE", help="of all recipes")
     args = parser.parse_args()
     base, evaluator = load_base("emoji"), EmojiEvaluator()
     print("| init | target | seed | UA | kept | at target | passes |\n|---|---|---|---|---|---|---|")
     for init in args.inits:
         for target, seed in args.cases:
-            recipe = Recipe(base="emoji", concepts=(benchmark.concept_of(target),), seed=seed, init=init)
+            recipe = Recipe(
+                base="emoji", concepts=(benchmark.concept_of(target),), seed=seed, init=init, **dict(args.set)
+            )
             patch = train(recipe, base)
             shown = " | ".join(f"{r:.0f}" for r in rates(base, patch, target, evaluator))
             print(f"| {init} | {target} | {seed} | {shown} | {patch.info['cost']['forward_passes']:,} |", flush=True)

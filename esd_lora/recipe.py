@@ -104,6 +104,12 @@ class Recipe(BaseModel):
         "words of the concepts, and the empty prompt.",
     )
     preserve_weight: float = Field(4.0, ge=0, description="λ: weight of the preservation loss; 0 turns it off.")
+    preserve_beside: bool = Field(
+        False,
+        description="Ask for half of what is preserved beside the concept, as `p, c`: p stays there, much of which goes with a "
+        "style otherwise. An object leaves the rest of its picture as it is without, for the price of some of what is kept "
+        "elsewhere. Not for concepts with a `from` or `replace_with`.",
+    )
     layers: Layers = Field(
         "esd-x",
         description="`esd-x`: cross-attention q, k, v, out. `esd-x-strict`: cross-attention k, v. `esd-u`: "
@@ -197,6 +203,12 @@ class Recipe(BaseModel):
             raise ValueError(f"objective: closed-form is for layers esd-x-strict, not {self.layers}")
         if self.objective == "authors" and self.eta <= 1 and any(not c.anchor for c in self.concepts):
             raise ValueError(f"eta: must be above 1 with objective authors, where 1 changes nothing, got {self.eta:g}")
+        alone = all(concept.anchor for concept in self.concepts)
+        if self.preserve_beside and (alone or not self.preserve_weight or self.objective == "closed-form"):
+            raise ValueError(
+                "preserve_beside: needs an objective that is trained, a preserve_weight above 0, and a concept without from or "
+                "replace_with"
+            )
         if self.robust and self.objective == "closed-form":
             raise ValueError("robust: nothing is trained with objective closed-form; use objective: paper")
         if self.robust and self.robust >= self.steps:

@@ -16,7 +16,7 @@ import importlib.metadata
 import importlib.util
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -374,8 +374,8 @@ def _step(run: Run) -> None:
         x.append(bank.x[rows])
         t.append(bank.t[rows])
         target.append(bank.target[rows])
-        robust = recipe.robust and name == "erase"
-        s.append(_sent(_forms(run, order)[mine], bank.x.device) if robust else bank.s[rows])
+        asked = _forms if name == "erase" else _beside
+        s.append(_sent(asked(run, order)[mine], bank.x.device))
         factor = recipe.preserve_weight if name == "preserve" else 1.0
         weight.append(torch.full((len(rows),), factor / recipe.batch_size, device=bank.x.device))
     with run.watch.stage("student"):
@@ -413,14 +413,25 @@ def _forms(run: Run, order: Tensor) -> Tensor:
 
     Which one follows from the step alone, and from what the adversary has found by then.
     """
-    questions = [run.erase[int(i) % len(run.erase)] for i in order]  # trajectories are recorded question by question
-    generator = torch.Generator().manual_seed(_seed(run.recipe.seed, "forms", run.step))
     chosen = []
-    for q, u in zip(questions, torch.rand(len(order), generator=generator).tolist(), strict=True):
+    for q, u in _drawn(run, "forms", run.erase, order):
         found = range(run.prompts + run.asked.index(q.s), len(run.conditions), len(run.asked))
         forms = [q.s, *q.forms, *found]
         chosen.append(forms[int(u * len(forms))])
     return torch.tensor(chosen)
+
+
+def _beside(run: Run, order: Tensor) -> Tensor:
+    """What these examples to preserve are asked for with: p, or p beside a concept, as often; which follows from the step."""
+    drawn = _drawn(run, "beside", run.preserve, order)
+    return torch.tensor([q.s if q.beside is None or u < 0.5 else q.beside for q, u in drawn])
+
+
+def _drawn(run: Run, what: str, questions: Sequence[Question], order: Tensor) -> Iterator[tuple[Question, float]]:
+    """The question of each of these examples, and a number from 0 to 1 that follows from the step alone."""
+    generator = torch.Generator().manual_seed(_seed(run.recipe.seed, what, run.step))
+    for i, u in zip(order.tolist(), torch.rand(len(order), generator=generator).tolist(), strict=True):
+        yield questions[i % len(questions)], u  # trajectories are recorded question by question
 
 
 def _seed(*parts: object) -> int:

@@ -4,15 +4,17 @@ Sampling with classifier-free guidance evaluates ε*(x_t, s) and ε*(x_t, ∅) a
 a trajectory of S steps gives S examples at no cost beyond its own. x_t and t are recorded together, as the network saw
 them (after the scheduler's `scale_model_input`), and never recomputed.
 
-Erasing and preserving are one thing here: to preserve a prompt p is to ask with s = p for the anchor a = p with η = 0.
+Erasing and preserving are one thing here: to preserve a prompt p is to ask with s = p for the anchor a = p with η = 0. Where a
+recipe says so, half of the time s is "p, c": asked for beside the concept p must stay as well.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ class Question:
     """What the student is asked, in rows of the encoded prompts; row 0 is the empty prompt.
 
     s: the student's prompt; c: the concept; a: the anchor; eta: η, 0 for a prompt to preserve; forms: prompts that robust
-    training asks with as well as with s.
+    training asks with as well as with s; beside: s beside a concept, which half of the examples are asked with.
     """
 
     s: int
@@ -75,6 +77,7 @@ class Question:
     a: int
     eta: float
     forms: tuple[int, ...] = ()
+    beside: int | None = None
 
     def roles(self, *, guided: bool) -> tuple[int, int, int, int]:
         """The rows of s, ∅, c and a; where neither guidance nor η asks for ∅, s stands in, which is predicted once."""
@@ -133,6 +136,13 @@ def questions_of(recipe: Recipe) -> tuple[list[str], list[Question], list[Questi
         erase.append(Question(s, c, a, recipe.eta_of(concept), tuple(forms)))
     wanted = recipe.preserve if recipe.preserve_weight else ()
     preserve = [Question(r, r, r, 0.0) for r in map(row, wanted or ())]
+    # what is replaced stays replaced in company, and an attribute of one thing stays with all others
+    company = [concept.erase for concept in recipe.concepts if not concept.anchor] if recipe.preserve_beside else []
+    if company:
+        preserve = [
+            replace(q, beside=row(f"{prompts[q.s]}, {c}")) if prompts[q.s].strip() else q
+            for q, c in zip(preserve, itertools.cycle(company), strict=False)
+        ]
     return prompts, erase, preserve
 
 

@@ -225,7 +225,7 @@ def table(rows: Rows) -> list[str]:
 
 
 TOLD = ("objective", "keys", "layers", "rank", "eta", "preserve_weight")
-TOLD_OF_TRAINING = ("init", "steps", "batch_size", "lr")
+TOLD_OF_TRAINING = ("preserve_beside", "init", "steps", "batch_size", "lr")
 """What the page tells of our recipes."""
 ERASED = 0.95
 """The mean UA at which methods are compared."""

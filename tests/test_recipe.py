@@ -33,6 +33,7 @@ def test_what_is_left_out_has_its_documented_default() -> None:
         "revision": None,
         "preserve": None,
         "preserve_weight": 4.0,
+        "preserve_beside": False,
         "layers": "esd-x",
         "keys": "learned",
         "rank": 4,
@@ -144,6 +145,18 @@ def test_a_recipe_cannot_be_changed() -> None:
         (
             {"warmup_steps": 5, "lr_schedule": "constant"},
             "recipe: warmup_steps: lr_schedule constant has no warm-up; use constant_with_warmup",
+        ),
+        *(
+            (
+                {"preserve_beside": True, **others},
+                "recipe: preserve_beside: needs an objective that is trained, a preserve_weight above 0, and a concept without "
+                "from or replace_with",
+            )
+            for others in (
+                {"objective": "closed-form"},
+                {"preserve_weight": 0},
+                {"concepts": {"erase": "cat", "replace_with": "dog"}},
+            )
         ),
         ({"robust": -1}, "recipe: robust: input should be greater than or equal to 0, got -1"),
         (

@@ -174,6 +174,18 @@ def test_preservation_keeps_what_is_preserved(base: Base, recipe_of: RecipeOf) -
     assert drift[0.0] > 1e-6
 
 
+def test_what_is_preserved_stays_beside_the_concept(base: Base, recipe_of: RecipeOf) -> None:
+    error = {}
+    for beside in (False, True):
+        recipe = recipe_of(steps=30, lr=0.02, eta=20, preserve=["dog"], preserve_weight=10.0, preserve_beside=beside)
+        patch = train(recipe, base)
+        asked = recipe_of(preserve=["dog"], preserve_beside=True)
+        (dog,) = questions_of(asked)[2]
+        assert dog.beside
+        error[beside] = held_out_error(base, patch, asked, [Question(s=dog.beside, c=dog.s, a=dog.s, eta=0.0)])
+    assert error[True] < error[False] / 2
+
+
 def test_several_concepts_are_erased_by_one_patch(base: Base, recipe_of: RecipeOf) -> None:
     concepts = ["cat", {"erase": "hat", "from": "a long-winded cowboy"}]
     recipe = recipe_of(concepts=concepts, steps=20, lr=0.02, eta=20, preserve_weight=0, batch_size=6)

@@ -253,6 +253,21 @@ def test_what_is_asked_to_preserve(recipe_of: RecipeOf) -> None:
     assert questions_of(recipe_of(preserve=["dog"], preserve_weight=0))[2] == []
 
 
+@pytest.mark.parametrize(
+    ("concepts", "beside"),
+    [
+        (["cat", "ink style"], [None, "dog, ink style", "a fish, cat", "the moon, ink style"]),
+        (["cat", {"erase": "hat", "from": "dog"}], [None, "dog, cat", "a fish, cat", "the moon, cat"]),
+        (["cat", {"erase": "tiger", "replace_with": "dog"}], [None, "dog, cat", "a fish, cat", "the moon, cat"]),
+    ],
+    ids=["in turn", "the hat goes from dogs alone", "what is replaced stays replaced"],
+)
+def test_what_is_asked_for_beside_a_concept(recipe_of: RecipeOf, concepts: list[Any], beside: list[str | None]) -> None:
+    recipe = recipe_of(concepts=concepts, preserve=["", "dog", "a fish", "the moon"], preserve_beside=True)
+    prompts, _, preserve = questions_of(recipe)
+    assert [None if q.beside is None else prompts[q.beside] for q in preserve] == beside
+
+
 def test_everyday_prompts_are_preserved_but_for_the_words_of_the_concepts() -> None:
     concepts = [Concept(erase="Kitty", synonyms=("Cat",)), Concept(erase="ink style", from_="a tiger in ink")]
     kept = default_preserve(concepts)
