@@ -13,9 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-import yaml
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import benchmark
@@ -23,11 +21,12 @@ import benchmark
 from esd_lora.bases import Base, load_base
 from esd_lora.compose import attached
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES
+from esd_lora.errors import RecipeError
 from esd_lora.evaluate.answers import Ask
 from esd_lora.evaluate.evaluators import EmojiEvaluator
 from esd_lora.patch import Patch
 from esd_lora.pictures import generate
-from esd_lora.recipe import Recipe
+from esd_lora.recipe import Recipe, make_recipe, parse_overrides
 from esd_lora.training import train
 
 CASES = ("apple:2", "ink:0", "pixel:2", "tiger:2", "neon:1", "bus:2", "car:1", "cat:0", "ink:1", "clock:2")
@@ -42,12 +41,10 @@ def case(text: str) -> tuple[str, int]:
     return target, int(seed)
 
 
-def field(text: str) -> tuple[str, Any]:
-    """A field of a recipe and its value."""
-    name, _, value = text.partition("=")
-    if name not in Recipe.model_fields or not value:
-        raise argparse.ArgumentTypeError(f"{text}: must be FIELD=VALUE of a recipe, such as preserve_beside=true")
-    return name, yaml.safe_load(value)
+def recipe_of(target: str, seed: int, init: str, overrides: Sequence[str]) -> Recipe:
+    """The defaults with that start and seed, and with what overrides them."""
+    values = {"base": "emoji", "concepts": [benchmark.concept_of(target)], "seed": seed, "init": init}
+    return make_recipe(values | parse_overrides(overrides), source="--set")
 
 
 def rates(base: Base, patch: Patch, target: str, evaluator: EmojiEvaluator) -> list[float]:
@@ -69,18 +66,18 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", type=case, default=[case(c) for c in CASES], metavar="TARGET:SEED")
     inits = get_args(Recipe.model_fields["init"].annotation)
     parser.add_argument("--inits", nargs="+", choices=inits, default=inits, metavar="INIT")
-    parser.add_argument("--set", nargs="+", type=field, default=[], metavar="FIELD=VALUE", help="of all recipes")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of all recipes")
     args = parser.parse_args()
+    try:
+        recipes = {(init, case): recipe_of(*case, init, args.set) for init in args.inits for case in args.cases}
+    except RecipeError as error:
+        parser.error(str(error))
     base, evaluator = load_base("emoji"), EmojiEvaluator()
     print("| init | target | seed | UA | kept | at target | passes |\n|---|---|---|---|---|---|---|")
-    for init in args.inits:
-        for target, seed in args.cases:
-            recipe = Recipe(
-                base="emoji", concepts=(benchmark.concept_of(target),), seed=seed, init=init, **dict(args.set)
-            )
-            patch = train(recipe, base)
-            shown = " | ".join(f"{r:.0f}" for r in rates(base, patch, target, evaluator))
-            print(f"| {init} | {target} | {seed} | {shown} | {patch.info['cost']['forward_passes']:,} |", flush=True)
+    for (init, (target, seed)), recipe in recipes.items():
+        patch = train(recipe, base)
+        shown = " | ".join(f"{r:.0f}" for r in rates(base, patch, target, evaluator))
+        print(f"| {init} | {target} | {seed} | {shown} | {patch.info['cost']['forward_passes']:,} |", flush=True)
 
 
 if __name__ == "__main__":

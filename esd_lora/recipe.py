@@ -107,8 +107,8 @@ class Recipe(BaseModel):
     preserve_beside: bool = Field(
         False,
         description="Ask for half of what is preserved beside the concept, as `p, c`: p stays there, much of which goes with a "
-        "style otherwise. An object leaves the rest of its picture as it is without, for the price of some of what is kept "
-        "elsewhere. Not for concepts with a `from` or `replace_with`.",
+        "style otherwise. Less of the style is erased for it, and with an object, beside which p stays anyway, a little "
+        "less is kept. Not for concepts with a `from` or `replace_with`.",
     )
     layers: Layers = Field(
         "esd-x",

@@ -374,8 +374,12 @@ def _step(run: Run) -> None:
         x.append(bank.x[rows])
         t.append(bank.t[rows])
         target.append(bank.target[rows])
-        asked = _forms if name == "erase" else _beside
-        s.append(_sent(asked(run, order)[mine], bank.x.device))
+        asked = bank.s[rows]
+        if name == "erase" and recipe.robust:
+            asked = _sent(_forms(run, order)[mine], bank.x.device)
+        if name == "preserve" and recipe.preserve_beside:
+            asked = _sent(_beside(run, order)[mine], bank.x.device)
+        s.append(asked)
         factor = recipe.preserve_weight if name == "preserve" else 1.0
         weight.append(torch.full((len(rows),), factor / recipe.batch_size, device=bank.x.device))
     with run.watch.stage("student"):

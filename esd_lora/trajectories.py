@@ -136,12 +136,12 @@ def questions_of(recipe: Recipe) -> tuple[list[str], list[Question], list[Questi
         erase.append(Question(s, c, a, recipe.eta_of(concept), tuple(forms)))
     wanted = recipe.preserve if recipe.preserve_weight else ()
     preserve = [Question(r, r, r, 0.0) for r in map(row, wanted or ())]
-    # what is replaced stays replaced in company, and an attribute of one thing stays with all others
-    company = [concept.erase for concept in recipe.concepts if not concept.anchor] if recipe.preserve_beside else []
-    if company:
+    if recipe.preserve_beside:
+        # what is replaced stays replaced in company, and an attribute of one thing stays with all others
+        company = itertools.cycle(concept.erase for concept in recipe.concepts if not concept.anchor)
         preserve = [
             replace(q, beside=row(f"{prompts[q.s]}, {c}")) if prompts[q.s].strip() else q
-            for q, c in zip(preserve, itertools.cycle(company), strict=False)
+            for q, c in zip(preserve, company, strict=False)
         ]
     return prompts, erase, preserve
 

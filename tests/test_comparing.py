@@ -449,17 +449,14 @@ def cat_on_emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_command_line_compares_a_patch_with_the_field(
-    cat_on_emoji: Path, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "RULED", 8)
+def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, call: Call) -> None:
     entries = [
         {"prompt": prompt(obj, style), "wanted": {"object": obj, "style": style}, "seeds": 4}
         for obj, style in [("cat", "ink"), ("cat", "neon"), ("car", "ink"), ("moon", "neon")]
     ]
     answers = {"target": {"kind": "object", "label": "cat"}, "prompts": entries}
     Path("set.yaml").write_text(yaml.safe_dump(answers))
-    asked = ["--base", "emoji", "--patch", cat_on_emoji, "--answers", "set.yaml", "--steps", 5, "--out", "report"]
+    asked = ["--base", "emoji", "--patch", cat_on_emoji, "--answers", "set.yaml", "--steps", 10, "--out", "report"]
     told = call("eval", *asked, "--against", "filter", "--against", "negative-prompt", "--quiet")
     assert (told.code, told.err) == (0, "")
     assert "report/report.html" in told.out

@@ -186,9 +186,10 @@ def test_synonyms_and_found_words_are_trained_on(
 def test_without_rounds_nothing_is_done_otherwise(
     base: Base, recipe_of: RecipeOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No search, and the patch is that of a loop that knows of none, and of a recipe that has no other forms."""
+    """No search, no other forms, and the patch is that of a loop that knows of neither."""
     recipe = recipe_of(concepts=KITTY, lr=0.02)
     monkeypatch.setattr(training.adversary, "find", lambda *_, **__: pytest.fail("a search"))
+    monkeypatch.setattr(training, "_forms", lambda *_: pytest.fail("another form"))
     plain = train(recipe, base)
     monkeypatch.setattr(training, "_search", lambda _: None)
     assert train(recipe, base).digest == plain.digest
