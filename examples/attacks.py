@@ -1,10 +1,11 @@
 """What brings an erased concept back? Every attack of `esd-lora attack` on patches of the embedded base, side by side.
 
-    python examples/attacks.py --out runs/attacks [--patches cat cat-keyed] [--only inversion relearning]
+    python examples/attacks.py --out runs/attacks [--patches cat cat-keyed] [--only inversion relearning] [--gold RUN]
 
 Trains what is not in the folder yet, attacks it, and writes `attacks.md` and `attacks.png`; attacks that are in the folder are
-not made again. What is published is docs/attacks: with a copy of it in the folder the script adds to that. One suite takes one
-to two hours on one core that does not compute in bf16.
+not made again. What is published is docs/attacks: with a copy of it in the folder the script adds to that. `--gold` names what
+`examples/emoji/train_unet.py --without` left, whose model is one more control of each attack on what it never saw. One suite
+takes one to two hours on one core that does not compute in bf16.
 """
 
 from __future__ import annotations
@@ -47,15 +48,16 @@ once: how far another start would come is not in its interval. Prompts, seeds an
 """
 
 
-def made(name: str, out: Path, only: Sequence[str]) -> Evidence | None:
+def made(name: str, out: Path, only: Sequence[str], gold: Path | None) -> Evidence | None:
     """The attacks on a patch, after those that are asked for; None if there are none."""
     patch, folder = out / "patches" / name, out / name
     if only and not (patch / FILE_NAME).exists():
         esd_lora("train", *TRAINED[name], "--out", str(patch), "--quiet")
+    zero = ["--gold", str(gold / "pipeline")] if gold else []
     for wanted, how in (([a for a in only if a != MERGED], []), ([a for a in only if a == MERGED], ["--merged"])):
         if wanted:
             asked = [word for attack in wanted for word in ("--only", attack)]
-            esd_lora("attack", "--base", "emoji", "--patch", str(patch), "--out", str(folder), *how, *asked)
+            esd_lora("attack", "--base", "emoji", "--patch", str(patch), "--out", str(folder), *zero, *how, *asked)
     return read_evidence(folder)
 
 
@@ -103,10 +105,11 @@ def main() -> None:
         "--patches", nargs="*", choices=TRAINED, default=list(TRAINED), metavar="NAME", help=", ".join(TRAINED)
     )
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="ATTACK")
+    parser.add_argument("--gold", type=Path, metavar="RUN", help="what train_unet.py --without left")
     args = parser.parse_args()
     found = {}
     for name in TRAINED:
-        evidence = made(name, args.out, args.only if name in args.patches else ())
+        evidence = made(name, args.out, args.only if name in args.patches else (), args.gold)
         if evidence:
             found[name] = results_of(evidence)
     if not found:

@@ -3,11 +3,11 @@
     python examples/benchmark.py --out runs/benchmark [--targets cat neon] [--against sld esd-x] [--seeds 3] [--gold RUN]
 
 Each target gets a report of its own in a folder of its name; what was trained or drawn is kept, so that the script goes on
-where it stopped, for some hours on two cores, and goes back to a target where more methods are asked for, or anything else
-has changed. The counts of all reports are in `benchmark.json`, with hashes of what they were measured with; of these
-`benchmark.md` and its plot are made, and `facts.py` says what follows. Rates are means over targets, their intervals over
-targets and, within each, training seeds. Pictures take half the usual steps, by which the base draws as well. What is
-published is docs/benchmark.json: with a copy of it in the folder the script adds to that. `--gold` names what
+where it stopped, for some hours on two cores, and goes back to a target where more methods are asked for; to these alone where
+our own patches are no longer there. The counts of all reports are in `benchmark.json`, with hashes of what they were measured
+with; of these `benchmark.md` and its plot are made, and `facts.py` says what follows. Rates are means over targets, their
+intervals over targets and, within each, training seeds. Pictures take half the usual steps, by which the base draws as well.
+What is published is docs/benchmark.json: with a copy of it in the folder the script adds to that. `--gold` names what
 `emoji/train_unet.py --without` left; it is compared for the targets that it lacks, and asked for no other that it lacks.
 """
 
@@ -72,8 +72,15 @@ class Gold:
         return cls(load_base(str(run / "pipeline"), dtype=quick_dtype()), frozenset(lacks))
 
 
-def ways_for(subject: Subject, against: Sequence[str], seeds: int, gold: Gold | None) -> Iterator[Way]:
-    """Our methods, these others, and the controls, of which the random one is as large as our defaults; all is kept on disk."""
+def others_for(subject: Subject, against: Sequence[str], gold: Gold | None) -> Iterator[Way]:
+    """The methods that ours are compared with; what they train is kept on disk."""
+    yield from (baseline_way(name, subject) for name in against if name != GOLD)
+    if gold and GOLD in against:
+        yield gold_way(gold.base, lacks=gold.lacks - {subject.target.label})
+
+
+def ours_for(subject: Subject, seeds: int) -> Iterator[Way]:
+    """Our methods, and the controls, of which the random one is as large as our defaults; what is trained is kept on disk."""
     patches = []
     for name, fields in OURS.items():
         for seed in range(1 if fields else seeds):
@@ -84,9 +91,6 @@ def ways_for(subject: Subject, against: Sequence[str], seeds: int, gold: Gold | 
             told, strengths = (name, some) if seed == 0 else (f"{name}, seed {seed}", (1.0,))
             seconds = read_cost(out)["seconds"]["total"]
             yield patch_way(subject.base, told, patches[-1], strengths=strengths, seconds=seconds)
-    yield from (baseline_way(name, subject) for name in against if name != GOLD)
-    if gold and GOLD in against:
-        yield gold_way(gold.base, lacks=gold.lacks - {subject.target.label})
     yield from control_ways(subject.base, patches[0], layers="esd-x")
 
 
@@ -113,15 +117,19 @@ class Bench:
             "ours": {name: made_by(fields) for name, fields in OURS.items()},
         }
 
-    def run(self, name: str, against: Sequence[str]) -> list[dict[str, Any]]:
-        """The counts of every method at every strength for one target, whose report is written too."""
+    def methods_of(self, name: str) -> Path:
+        """The folder of what is trained for a target."""
+        return self.out / name / "methods"
+
+    def run(self, name: str, against: Sequence[str], *, ours: bool) -> list[dict[str, Any]]:
+        """The counts of these methods, and maybe of ours, at every strength for one target, whose report is written too."""
         kind, folder = "object" if name in OBJECTS else "style", self.out / name
         target, concept = Target(kind=kind, label=name), concept_of(name)
-        subject = Subject(self.base, concept, target, folder / "methods", load=lambda: self.trainer)
+        subject = Subject(self.base, concept, target, self.methods_of(name), load=lambda: self.trainer)
         told = ["--gold RUN" if method == GOLD else method for method in against]
         report = compare(
             Comparison(self.base, answers_of(name), target, self.evaluator, folder, SAMPLING, gaps=False),
-            list(ways_for(subject, against, self.seeds, self.gold)),
+            [*(ours_for(subject, self.seeds) if ours else ()), *others_for(subject, against, self.gold)],
             title=f"{concept.erase}, erased from emoji",
             command=f"python examples/benchmark.py --targets {name} --against {' '.join(told)}",
         )
@@ -344,6 +352,12 @@ def standing_with(known: Known, setting: Mapping[str, Any]) -> Known:
     return {"targets": targets, "rows": [r for r in known["rows"] if r["target"] in targets]}
 
 
+def joined(known: Rows, new: Rows) -> list[Mapping[str, Any]]:
+    """All rows; those of a method that was measured again for a target are the new ones."""
+    again = {(r["target"], r["method"]) for r in new}
+    return [*(r for r in known if (r["target"], r["method"]) not in again), *new]
+
+
 def write_page_of(known: Known, folder: Path) -> None:
     """Write the page of all counts, and its plot."""
     rows, ours = known["rows"], next(iter(known["targets"].values()))["ours"]
@@ -381,9 +395,9 @@ def main() -> None:
         if done and asked <= {*done}:
             continue
         against = [b for b in (*BASELINES, GOLD) if b in {*done, *asked}]
-        if GOLD in against and not gold:
-            parser.error(f"--gold: {name} was compared with a gold model, and would be no more; name it again")
-        rows = [r for r in known["rows"] if r["target"] != name] + bench.run(name, against)
+        whole = not done or bench.methods_of(name).joinpath(f"{next(iter(OURS))}-0").exists()
+        new = bench.run(name, [b for b in against if whole or b not in done], ours=whole)
+        rows = joined(known["rows"], new)
         known = {"targets": {**known["targets"], name: {**bench.setting, "against": against}}, "rows": rows}
         lines = ",\n".join(map(json.dumps, rows))
         write_file(path, f'{json.dumps({"targets": known["targets"]})[:-1]}, "rows": [\n{lines}\n]}}\n'.encode())

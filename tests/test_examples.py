@@ -355,6 +355,48 @@ def test_methods_are_compared_at_the_strength_that_keeps_most_and_erases_enough(
     assert set(left["targets"]) == {r["target"] for r in left["rows"]} == {"cat"}
 
 
+def test_the_benchmark_goes_back_to_a_target_for_the_methods_that_it_lacks(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark, asked = script("benchmark"), []
+
+    def row(target: str, method: str, gone: int) -> dict[str, Any]:
+        found = {"UA": [gone, 0, 100], "kept": [90, 100, 100]}
+        where = {"target": target, "kind": "object", "method": method, "strength": 1, "seed": 0, "label": ""}
+        return {**where, "counts": found, "cost": None}
+
+    def run(_: Any, name: str, against: list[str], *, ours: bool) -> list[dict[str, Any]]:
+        asked.append((name, against, ours))
+        return [row(name, method, 97) for method in ("base", *(["esd_lora"] if ours else []), *against)]
+
+    def benchmarked(*against: str) -> dict[tuple[str, str], int]:
+        asked.clear()
+        arguments = ["--out", str(tmp_path), "--targets", "cat", "dog", "--against", *against]
+        monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
+        benchmark.main()
+        rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+        return {(r["target"], r["method"]): r["counts"]["UA"][0] for r in rows}
+
+    setting = {"ours": {"esd_lora": benchmark.made_by({})}}
+    monkeypatch.setattr(benchmark.Bench, "run", run)
+    monkeypatch.setattr(benchmark.Bench, "setting", setting)
+    for name in ("load_base", "EmojiEvaluator"):
+        monkeypatch.setattr(benchmark, name, lambda *_, **__: None)
+    known = {"targets": {"cat": {**setting, "against": ["sld"]}}}
+    rows = [row("cat", method, 50) for method in ("base", "esd_lora", "sld")]
+    (tmp_path / "benchmark.json").write_text(json.dumps({**known, "rows": rows}))
+    found = benchmarked("sld", "uce")
+    assert asked == [("cat", ["uce"], False), ("dog", ["sld", "uce"], True)]
+    of_cat = {method: gone for (target, method), gone in found.items() if target == "cat"}
+    assert of_cat == {"base": 97, "esd_lora": 50, "sld": 50, "uce": 97}
+    assert {method for target, method in found if target == "dog"} == {"base", "esd_lora", "sld", "uce"}
+    assert benchmarked("uce") == found
+    assert asked == []
+    (tmp_path / "cat" / "methods" / "esd_lora-0").mkdir(parents=True)  # all that was drawn is there
+    benchmarked("filter")
+    assert asked == [("cat", ["sld", "filter", "uce"], True), ("dog", ["filter"], False)]
+
+
 def counts(method: str, kind: str, strength: float, **found: int) -> dict[str, Any]:
     """Hits of a hundred pictures, where the base has 90."""
     shares = {k: [v, 90, 100] for k, v in found.items()}

@@ -399,7 +399,6 @@ def test_another_erasure_does_not_go_on(base: Base, patch: Patch, tmp_path: Path
         (erasure(base, random_like(patch, 0)), "patches"),
         (replace(one, weights=[0.5]), "patches"),
         (replace(one, budget=replace(SMALL, pictures=4)), "pictures"),
-        (replace(one, gold=base), "gold"),
         (replace(one, evaluator=Known([])), None),
         (replace(one, names=["cat"]), "names"),
         (replace(one, sees=lambda pictures: [False] * len(pictures)), "adviser"),
@@ -412,6 +411,24 @@ def test_another_erasure_does_not_go_on(base: Base, patch: Patch, tmp_path: Path
             OutputError, match=rf"^{out}: has attacks that were made with other {told}; choose another --out$"
         ):
             run_suite(other, ["scaling"], out=out)
+    assert (out / ATTACKS).read_bytes() == text
+
+
+def test_a_gold_base_that_is_given_later_is_one_more_control(base: Base, patch: Patch, tmp_path: Path) -> None:
+    out, one, gold = tmp_path / "found", erasure(base, patch), tiny("v_prediction")
+    before = run_suite(one, ["completion"], out=out)
+    stages: list[tuple[str, int, int]] = []
+    after = run_suite(replace(one, gold=gold), ["completion"], out=out, on_stage=lambda *stage: stages.append(stage))
+    assert stages == [("completion, 1 of 2 steps", done, 1) for done in range(2)]
+    (old,), (new,) = before.attacks, after.attacks
+    assert [c.name for c in new.controls] == ["seed search", "gold base", "unerased base"]
+    assert new.rows == old.rows
+    assert [c for c in new.controls if c.name != "gold base"] == list(old.controls)
+    assert after.settings["gold"] == gold.fingerprint
+    assert read_evidence(out) == after
+    text = (out / ATTACKS).read_bytes()
+    with pytest.raises(OutputError, match="were made with other gold"):
+        run_suite(one, ["completion"], out=out)
     assert (out / ATTACKS).read_bytes() == text
 
 

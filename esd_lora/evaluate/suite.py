@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -714,7 +714,8 @@ def run_suite(
     Args:
         erasure: What is attacked.
         names: Some of `ATTACKS`; by default all that there are for attached or for merged patches.
-        out: Folder with `attacks.json`, which is written after every attack; those in it are not made again.
+        out: Folder with `attacks.json`, which is written after every attack; those in it are not made again, but for
+            controls that they lack, as a gold base that is given later.
         on_stage: Called before an attack and each of its controls, and after the last.
 
     Raises:
@@ -731,11 +732,10 @@ def run_suite(
     with locked(out) if out else nullcontext():
         evidence = _begun(erasure, out)
         for plan in (plan for name in wanted for plan in ATTACKS[name](erasure)):
-            if plan.name in {attack.name for attack in evidence.attacks}:
-                continue
-            found, left_out = bench.run(plan)
-            update = {"attacks": [*evidence.attacks, *found], "left_out": {**evidence.left_out, **left_out}}
-            evidence = evidence.model_copy(update=update)
+            made = {attack.name: attack for attack in evidence.attacks}
+            found, left_out = bench.run(plan, made.get(plan.name), evidence.left_out)
+            every = [*{**made, **({plan.name: found} if found else {})}.values()]
+            evidence = evidence.model_copy(update={"attacks": every, "left_out": {**evidence.left_out, **left_out}})
             if out:
                 write_file(out / page.ATTACKS, f"{evidence.model_dump_json(indent=1, by_alias=True)}\n".encode())
     return evidence
@@ -749,31 +749,41 @@ class _Bench:
     on_stage: OnStage | None
     known: dict[tuple[Run, Base | None], tuple[dict[str, Any], Mapping[str, Any]]] = field(default_factory=dict)
 
-    def run(self, plan: Plan) -> tuple[list[page.Attack], dict[str, str]]:
-        """The attack, if it can be made, and what was left out for what reason."""
-        found: dict[str, Any] = {}
-        left_out: dict[str, str] = {}
-        sides = [Side(plan.name, "floor", plan.run), *plan.sides]
-        for i, side in enumerate(sides):
-            self._tell(plan, i)
-            try:
-                found[side.name] = self._trial(side)
-            except (BaseModelError, RecipeError, TrainingError) as error:
-                if side is sides[0]:
-                    return [], {plan.name: str(error)}
-                left_out[f"{plan.name}, {side.name}"] = str(error)
-        self._tell(plan, len(sides))
-        values, details = found[plan.name]
-        made = [
-            page.Control(name=s.name, role=s.role, label=s.label, **found[s.name][0])
-            for s in plan.sides
-            if s.name in found
-        ]
-        return [page.Attack(name=plan.name, about=plan.about(details), controls=made, **values)], left_out
+    def run(
+        self, plan: Plan, attack: page.Attack | None, given_up: Container[str]
+    ) -> tuple[page.Attack | None, dict[str, str]]:
+        """The attack with its controls, if it can be made, and what was left out now for what reason.
 
-    def _tell(self, plan: Plan, done: int) -> None:
+        Args:
+            plan: What to do.
+            attack: What was made of it before: only controls that it lacks are made.
+            given_up: What was left out before.
+        """
+        controls = {control.name: control for control in attack.controls} if attack else {}
+        lacking = [s for s in plan.sides if s.name not in controls and f"{plan.name}, {s.name}" not in given_up]
+        sides = lacking if attack else [Side(plan.name, "floor", plan.run), *lacking]
+        left_out: dict[str, str] = {}
+        for i, side in enumerate(sides):
+            self._tell(plan, i, len(sides))
+            try:
+                values, details = self._trial(side)
+            except (BaseModelError, RecipeError, TrainingError) as error:
+                if attack is None:
+                    return None, {plan.name: str(error)}
+                left_out[f"{plan.name}, {side.name}"] = str(error)
+                continue
+            if attack is None:
+                attack = page.Attack(name=plan.name, about=plan.about(details), **values)
+            else:
+                controls[side.name] = page.Control(name=side.name, role=side.role, label=side.label, **values)
+        if sides:
+            self._tell(plan, len(sides), len(sides))
+        in_order = [controls[side.name] for side in plan.sides if side.name in controls]
+        return attack and attack.model_copy(update={"controls": in_order}), left_out
+
+    def _tell(self, plan: Plan, done: int, of: int) -> None:
         if self.on_stage:
-            self.on_stage(plan.name, done, 1 + len(plan.sides))
+            self.on_stage(plan.name, done, of)
 
     def _trial(self, side: Side) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """The values of a `page.Trial` but its name, and the details of what was done."""
@@ -823,9 +833,10 @@ def _begun(erasure: Erasure, out: Path | None) -> Evidence:
         {**e.model_dump(exclude={"attacks", "left_out", "settings"}), **e.settings}  # flat, for it is compared
         for e in (new, old)
     )
-    if changed := [key for key, value in now.items() if then.get(key) != value]:
+    comes_now = {"gold"} if then.get("gold") is None else set()  # as one more control of what was made without
+    if changed := [key for key, value in now.items() if then.get(key) != value and key not in comes_now]:
         raise OutputError(f"{out}: has attacks that were made with other {', '.join(changed)}; choose another --out")
-    return old
+    return old.model_copy(update={"settings": new.settings})
 
 
 def _without_attacks(erasure: Erasure) -> Evidence:
