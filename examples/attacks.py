@@ -25,12 +25,13 @@ from esd_lora.patch import FILE_NAME, write_file
 
 TRAINED: Mapping[str, Sequence[str]] = {
     "cat": ["emoji/cat"],
+    "cat-before": ["emoji/cat", *(f"--set={f}" for f in ("init=random", "lr=3e-3", "eta=2", "preserve_weight=2"))],
     "cat-keyed": ["emoji/cat-keyed"],
     "cat-keyed-eta-2": ["emoji/cat-keyed", "--set", "eta=2"],
     "neon": ["emoji/neon"],
     "neon-keyed": ["--base", "emoji", "--erase", "neon style", "--set", "keys=closed-form"],
 }
-"""What `esd-lora train` makes each patch by."""
+"""What `esd-lora train` makes each patch by; *before* is by former defaults."""
 
 MERGED = "unmerging"
 """The attack on patches that are in the weights of the base; all others are on attached ones."""
@@ -40,9 +41,10 @@ HEAD = """# What brings a concept back
 By `python examples/attacks.py`: how often the evaluator sees the erased concept under attack, per cent with 95 % intervals of
 the pictures. *Floor*: the highest of the controls that do without the attack's idea, as many pictures of other seeds, random
 words or training on other pictures. *Beyond*: what the attack found that its floor did not, with Newcombe's interval; one that
-holds 0 has found nothing. *Ceiling*: the same attack on
-the unerased base. Passes are latents through the denoiser, a backward pass counted as two. Each attack that trains was run
-once: how far another start would come is not in its interval. Prompts, seeds and looks are in `attacks.json` of each folder.
+holds 0 has found nothing. *Gold*: the same attack on a base that was trained without the concept, which is one of the floors.
+*Ceiling*: the same attack on the unerased base. Passes are latents through the denoiser, a backward pass counted as two. Each
+attack that trains was run once: how far another start would come is not in its interval. Prompts, seeds and looks are in
+`attacks.json` of each folder.
 
 ![Found by each attack](attacks.png)
 """
@@ -63,10 +65,10 @@ def made(name: str, out: Path, only: Sequence[str], gold: Path | None) -> Eviden
 
 def table(results: Sequence[Result]) -> list[str]:
     """Markdown: a row for every attack."""
-    lines = ["| attack | found | floor | | beyond | ceiling | passes | seconds |", "|---" * 8 + "|"]
+    lines = ["| attack | found | floor | | beyond | gold | ceiling | passes | seconds |", "|---" * 9 + "|"]
     for r in results:
-        floor, beyond, ceiling = (rate.interval() if rate else "" for rate in (r.floor, r.beyond, r.ceiling))
-        cells = (r.name, f"{r.found.interval()} of {r.found.n}", floor, r.floor_of, beyond, ceiling)
+        floor, *others = (rate.interval() if rate else "" for rate in (r.floor, r.beyond, r.gold, r.ceiling))
+        cells = (r.name, f"{r.found.interval()} of {r.found.n}", floor, r.floor_of, *others)
         lines.append(f"| {' | '.join(cells)} | {r.passes:,} | {r.seconds:,.0f} |")
     return lines
 

@@ -484,6 +484,8 @@ def test_the_table_has_the_highest_floor_and_the_ceiling(base: Base, patch: Patc
     none, *_, most = results_of(found)
     assert (none.found.value, none.floor and none.floor.value, none.floor_of) == (1, 0, "seed search")
     assert (none.ceiling and none.ceiling.value, most.found.value, most.passes) == (1, 0, SMALL.pictures * PASSES)
+    assert none.gold is not None
+    assert none.gold.value == 0
     text = io.StringIO()
     Console(file=text, width=120).print(attack_table(found))
     assert "100.0 [44, 100] /3" in text.getvalue()

@@ -60,6 +60,8 @@ SHARES = (0.05, 0.1, 0.15, 0.2, 0.5)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 """Of an attached patch."""
 NOTHING_ELSE = "the answer set asks for nothing but the target, and this is about other pictures"
+GOLD = "gold base"
+"""The control whose base never knew the concept."""
 SOFT, PREFIX = 4, 3
 """Words that an inversion trains, and that are searched for before a prompt."""
 
@@ -335,7 +337,7 @@ class Erasure:
         every = {"seed search": self.by_name, **(floors or {})}
         sides = [Side(floor, "floor", control) for floor, control in every.items()]
         if self.gold:
-            sides.append(Side("gold base", "floor", gold or run, self.gold))
+            sides.append(Side(GOLD, "floor", gold or run, self.gold))
         sides += [Side("unerased base", "ceiling", ceiling or run, self.base), *ceilings]
         return Plan(f"{name}, merged" if self.merged else name, run, about, sides)
 
@@ -867,13 +869,14 @@ def _without_attacks(erasure: Erasure) -> Evidence:
 
 @dataclass(frozen=True)
 class Result:
-    """How often an attack found the concept, beside the highest of its floors, which is named, and its ceiling."""
+    """How often an attack found the concept, beside its highest floor, which is named, the gold base, and its ceiling."""
 
     name: str
     found: Rate
     floor: Rate | None
     floor_of: str
     beyond: Rate | None
+    gold: Rate | None
     ceiling: Rate | None
     passes: int
     seconds: float
@@ -891,7 +894,8 @@ def results_of(evidence: Evidence) -> list[Result]:
         ceilings = [c.found for c in tried.controls if isinstance(c.trial, page.Control) and c.trial.role == "ceiling"]
         floor, floor_of = (tried.floor.found, tried.floor.trial.name) if tried.floor else (None, "")
         ceiling = next(iter(ceilings), None)
-        rates = tried.found, floor, floor_of, tried.beyond, ceiling
+        gold = next((c.found for c in tried.controls if c.trial.name == GOLD), None)
+        rates = tried.found, floor, floor_of, tried.beyond, gold, ceiling
         results.append(Result(attack.name, *rates, attack.passes, attack.seconds))
     return results
 
@@ -903,10 +907,12 @@ def attack_table(evidence: Evidence) -> Table:
     table.add_column("attack", overflow="fold")
     for name in ("found", "highest floor"):
         table.add_column(name)
-    for name in ("ceiling", "passes", "seconds"):
+    for name in ("gold base", "ceiling", "passes", "seconds"):
         table.add_column(name, justify="right")
     for r in results_of(evidence):
         floor = f"{r.floor.interval()} {r.floor_of}" if r.floor else ""
-        ceiling = r.ceiling.interval() if r.ceiling else ""
-        table.add_row(r.name, f"{r.found.interval()} /{r.found.n}", floor, ceiling, f"{r.passes:,}", f"{r.seconds:.1f}")
+        gold, ceiling = (rate.interval() if rate else "" for rate in (r.gold, r.ceiling))
+        table.add_row(
+            r.name, f"{r.found.interval()} /{r.found.n}", floor, gold, ceiling, f"{r.passes:,}", f"{r.seconds:.1f}"
+        )
     return table
