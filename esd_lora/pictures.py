@@ -1,7 +1,7 @@
 """Pictures: generate them with any base and patches, and set them side by side.
 
-Every picture starts from the noise of its own seed, whatever the batch it is made in, so that a prompt's pictures with and
-without a patch differ by the patch alone.
+Every picture has the noise of its own seed, at the start and on the way, whatever the batch it is made in, so that a prompt's
+pictures with and without a patch differ by the patch alone.
 """
 
 from __future__ import annotations
@@ -60,11 +60,17 @@ def generate(
             width=resolution,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            generator=step_noise(seeds[some]),
         )
         pictures += out.images
         if on_batch:
             on_batch(len(out.images))
     return pictures
+
+
+def step_noise(seeds: Sequence[int]) -> list[torch.Generator]:
+    """What schedulers that add noise on the way draw it from: for each picture its own, and not what it starts from again."""
+    return [torch.Generator().manual_seed(seed ^ 1 << 30) for seed in seeds]  # of a seed 32 bits count
 
 
 def read_picture(path: Path) -> Image.Image:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from PIL import Image
 
 from esd_lora.bases import Base
 from esd_lora.errors import OutputError, RecipeError
-from esd_lora.pictures import generate, grid, save_picture
+from esd_lora.pictures import generate, grid, save_picture, step_noise
 
 RED, BLUE = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
 
@@ -30,6 +32,19 @@ def test_a_seed_gives_the_same_picture_whatever_the_batch(base: Base) -> None:
         # float32 sums differ in the last bits between batches, which may round a colour the other way
         assert np.abs(pixels(many) - pixels(few)).max() <= 1
     assert np.abs(pixels(together[0]) - pixels(together[2])).max() > 10  # another seed is another picture
+
+
+def test_noise_on_the_way_is_a_seeds_own_too(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = EulerAncestralDiscreteScheduler.from_config(base.pipe.scheduler.config)
+    monkeypatch.setattr(base.pipe, "scheduler", scheduler)
+    together = generate(base, ["cat"] * 3, [4, 9, 4], steps=4)
+    torch.manual_seed(1)  # whatever else was drawn
+    again = [generate(base, ["cat"], [seed], steps=4)[0] for seed in (4, 9)]
+    for many, one in zip(together, again, strict=False):
+        assert np.abs(pixels(many) - pixels(one)).max() <= 1
+    assert np.abs(pixels(together[0]) - pixels(together[1])).max() > 10
+    start, way = base.noise([4])[0], torch.randn(base.latent_shape(), generator=step_noise([4])[0])
+    assert not torch.equal(start, way)
 
 
 def test_a_prompt_is_listened_to(base: Base) -> None:

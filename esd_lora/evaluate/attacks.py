@@ -41,7 +41,7 @@ from esd_lora.compose import attached
 from esd_lora.errors import BaseModelError, PatchError, RecipeError, TrainingError
 from esd_lora.evaluate.drift import latents_of
 from esd_lora.patch import Patch
-from esd_lora.pictures import Pictures, generate
+from esd_lora.pictures import Pictures, generate, step_noise
 from esd_lora.recipe import Layers
 from esd_lora.softwords import (
     SoftWords,
@@ -386,7 +386,7 @@ def completion(base: Base, drawing: Drawing, *, ks: Sequence[int], unerased: Bas
     Raises:
         RecipeError: A k is out of bounds, or a prompt has its blank still.
         PatchError: There is neither an attached patch nor an unerased base.
-        BaseModelError: The unerased base is of another family.
+        BaseModelError: The unerased base is of another family, or its denoiser reads or predicts something else.
     """
     bad = [k for k in ks if not 0 <= k <= drawing.steps]
     if bad:
@@ -395,6 +395,12 @@ def completion(base: Base, drawing: Drawing, *, ks: Sequence[int], unerased: Bas
         _check_attached(base, "for one that is merged, give the base without it as `unerased`")
     elif type(unerased) is not type(base):
         raise BaseModelError(f"{unerased.name} is {unerased.family}, and {base.name} is {base.family}")
+    elif (own := _speaks(base)) != (other := _speaks(unerased)):
+        differs = next(k for k in own if own[k] != other[k])
+        raise BaseModelError(
+            f"{unerased.name} has {differs} {other[differs]}, and {base.name} {own[differs]}: neither can go on with the "
+            "other's pictures"
+        )
     denoisers = [base.denoiser] if unerased is None else [base.denoiser, unerased.denoiser]
     first = base.teacher if unerased is None else partial(_denoised_by, unerased, base)
     attacks = []
@@ -403,6 +409,12 @@ def completion(base: Base, drawing: Drawing, *, ks: Sequence[int], unerased: Bas
             pictures = _draw_encoded(base, drawing, first=first, k=k)
             attacks.append(meter.attack("completion", pictures, k=k, steps=drawing.steps))
     return attacks
+
+
+def _speaks(base: Base) -> dict[str, Any]:
+    """What two denoisers must have in common to draw one picture together."""
+    network = {k: base.denoiser.config.get(k) for k in ("in_channels", "cross_attention_dim", "joint_attention_dim")}
+    return network | {"prediction_type": base.pipe.scheduler.config.get("prediction_type")}
 
 
 @contextmanager
@@ -442,6 +454,7 @@ def _draw_encoded(
                 width=drawing.resolution,
                 num_inference_steps=drawing.steps,
                 guidance_scale=drawing.guidance_scale,
+                generator=step_noise(drawing.seeds[some]),
                 callback_on_step_end=partial(_leave, early, k),
             )
         pictures += out.images
