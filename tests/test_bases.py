@@ -242,6 +242,15 @@ def test_a_base_that_is_not_there_is_named(name: str, message: str, tmp_path: Pa
     assert str(caught.value) == message
 
 
+def test_a_connection_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise hub_errors.HTTPError("407 Proxy Authentication Required")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
+    with pytest.raises(BaseModelError, match=r"^a/b: no such folder, and the Hub cannot be reached: 407 Proxy"):
+        load_base("a/b", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [

@@ -12,6 +12,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -74,7 +75,15 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
         else:
             dtypes = {"default": DTYPES[dtype], family.prefix: first}
             pipe = kind.from_pretrained(source, revision=revision, dtype=dtypes, use_safetensors=True, **extra)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
+    except (
+        HTTPError,
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        SafetensorError,
+        SingleFileComponentError,
+    ) as error:
         raise BaseModelError(f"{name}: cannot load the pipeline: {first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     fingerprint = fingerprint_of(getattr(pipe, family.prefix))
@@ -169,7 +178,7 @@ def configs_of(file: SingleFile) -> Path:
     try:
         path = from_hub(file.like, "model_index.json", None)
         snapshot_download(file.like, allow_patterns=["*/*.json", "*/*.txt", "*/*.model"], revision=path.parent.name)
-    except (BaseModelError, OSError) as error:
+    except (BaseModelError, HTTPError, OSError) as error:
         raise BaseModelError(
             f"{file.path}: a single file has no tokenizer and no configs, and those of {file.like} are not to be had: "
             f"{first_line(error)}"
@@ -228,7 +237,7 @@ def from_hub(name: str, file: str, revision: str | None, *, optional: bool = Fal
         raise BaseModelError(
             f"{name}: no such folder; {file} is not on the Hub, or not in the cache while offline"
         ) from None
-    except OSError as error:
+    except (HTTPError, OSError) as error:
         raise BaseModelError(f"{name}: no such folder, and the Hub cannot be reached: {first_line(error)}") from None
 
 
