@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from esd_lora.bases.base import Base
 from esd_lora.compose import attached
 from esd_lora.errors import PatchError, RecipeError
-from esd_lora.evaluate.rates import Rate
+from esd_lora.evaluate.rates import Rate, wilson
 from esd_lora.evaluate.scores import AttributeScores, Scores
 from esd_lora.patch import FILE_NAME, Patch, write_file
 from esd_lora.pictures import generate, save_picture
@@ -119,12 +119,17 @@ def scores_of(patch: Patch) -> list[Scores | AttributeScores]:
     """The scores that a patch carries; none where it was not measured.
 
     Raises:
-        PatchError: They are not what `eval` writes.
+        PatchError: They are not what `eval` writes; their intervals among it, which follow from share and n.
     """
+    wrong = "the scores in the patch's header are not what `eval` writes"
     try:
         scores: list[Scores | AttributeScores] = SCORES.validate_python(patch.info.get("scores", []))
     except ValidationError as error:
-        raise PatchError("the scores in the patch's header are not what `eval` writes") from error
+        raise PatchError(wrong) from error
+    for label, r in (item for s in scores for item in rates_of(s).items()):
+        ends = wilson(r.value, r.n) if r.n >= 1 and 0 <= r.value <= 1 else ()
+        if not ends or max(abs(r.low - ends[0]), abs(r.high - ends[1])) > 1e-6:
+            raise PatchError(f"{wrong}: {label}: its interval is not that of such a share of {r.n} pictures")
     return scores
 
 

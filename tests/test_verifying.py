@@ -101,6 +101,21 @@ def test_a_claim_that_does_not_hold_fails(measured: Patch, tmp_path: Path, call:
 
 
 @pytest.mark.usefixtures("known")
+@pytest.mark.parametrize("claim", [{"low": 0.0}, {"high": 1.0}, {"n": 0}, {"value": 1.5}, {"n": 20_000}], ids=str)
+def test_a_claim_comes_with_the_interval_of_its_pictures(
+    claim: dict[str, float], measured: Patch, tmp_path: Path, call: Call
+) -> None:
+    """An interval that holds everything would hold whatever is measured."""
+    (scores,) = measured.info["scores"]
+    told = {**rate([True] * 150 + [False] * 50).__dict__, **claim}
+    shared(replace(measured, info={**measured.info, "scores": [{**scores, "ua": told}]}), tmp_path / "cat")
+    shown = call("verify", tmp_path / "cat")
+    assert shown.code == 2
+    assert "UA: target gone: its interval is not that of such a share of" in shown.err
+    assert shown.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("known")
 def test_scores_of_something_else_than_the_recipe_erases_fail(measured: Patch, tmp_path: Path) -> None:
     (scores,) = measured.info["scores"]
     alien = replace(measured, info={**measured.info, "scores": [{**scores, "target": "dog"}]})

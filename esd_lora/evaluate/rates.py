@@ -60,15 +60,20 @@ def rate(hits: Sequence[bool], base_hits: Sequence[bool] | None = None) -> Rate:
     Raises:
         ValueError: There are no pictures.
     """
-    n, z = len(hits), 1.959964
+    n = len(hits)
     if not n:
         raise ValueError("a rate of no pictures")
     p = sum(hits) / n
+    return Rate(p, n, *wilson(p, n), sum(base_hits) / n if base_hits is not None else None)
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """The ends of the 95 % Wilson score interval of a share p of n ≥ 1 pictures."""
+    z = 1.959964
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    base = sum(base_hits) / n if base_hits is not None else None
     # the interval holds p, which rounding may leave outside where all or none are hits
-    return Rate(p, n, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), base)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 def cluster_bootstrap(
