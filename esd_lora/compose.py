@@ -187,6 +187,8 @@ def _check_stackable(patches: Sequence[Patch]) -> None:
     shapes: dict[str, tuple[tuple[int, int], str]] = {}
     concepts: set[str] = set()
     origins: dict[str, str] = {}
+    if len(adapted := sorted({patch.prefix for patch in patches})) > 1:
+        raise PatchError(f"some patches adapt a {adapted[0]} and some a {adapted[1]}; no base has both")
     for patch in patches:
         made_for = patch.info.get("base", {}).get("name", "an unknown base")
         for name, shape in patch.shapes.items():

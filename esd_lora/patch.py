@@ -51,6 +51,7 @@ class Origin(TypedDict, total=False):
 
     name: str
     fingerprint: str
+    revision: str | None
 
 
 @with_config({"extra": "allow"})
@@ -58,6 +59,8 @@ class Made(TypedDict, total=False):
     """The recipe that a patch was made by; its concepts have all their keys."""
 
     concepts: list[Annotated[Concept, AfterValidator(lambda c: c.model_dump(mode="json", by_alias=True))]]
+    preserve: list[str] | None
+    resolution: int | None
 
 
 @with_config({"extra": "allow"})
@@ -414,7 +417,7 @@ def _check_entries(file: Path, entries: Mapping[str, Entry]) -> None:
     for name, entry in entries.items():
         kind = ".lora_A." if ".lora_A." in name else ".lora_B."
         other = entries.get(name.replace(kind, ".lora_B." if kind == ".lora_A." else ".lora_A."))
-        factor = kind in name and name.endswith(".weight") and len(entry.shape) == 2 and 0 not in entry.shape
+        factor = name.endswith(f"{kind}weight") and len(entry.shape) == 2 and 0 not in entry.shape
         if not factor or not entry.is_floating_point:
             raise PatchError(f"{file}: {name} is not a low-rank factor in diffusers' naming")
         if other is None:

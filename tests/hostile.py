@@ -141,6 +141,26 @@ CORPUS: Mapping[str, tuple[bytes, str]] = {
         told(esd_lora='{"note": "\\u001b]0;owned\\u0007"}'),
         "its esd_lora header is not JSON that can be read: control characters in '\\x1b]0;owned",
     ),
+    "half a character": (
+        told(esd_lora='{"loss": "\\ud800"}'),
+        "its esd_lora header is not JSON that can be read: control characters in '\\ud800'",
+    ),
+    "names of an adapter that peft saves": (
+        encode({k.replace(".weight", ".default.weight"): v for k, v in TENSORS.items()}, {}),
+        f"{A.replace('.weight', '.default.weight')} is not a low-rank factor in",
+    ),
+    "a recipe with a resolution in words": (
+        told(esd_lora='{"recipe": {"resolution": "large"}}'),
+        "its esd_lora header is malformed: recipe.resolution: ",
+    ),
+    "a recipe that preserves a number": (
+        told(esd_lora='{"recipe": {"preserve": 5}}'),
+        "its esd_lora header is malformed: recipe.preserve: ",
+    ),
+    "a revision that is a number": (
+        told(esd_lora='{"base": {"revision": 5}}'),
+        "its esd_lora header is malformed: base.revision: ",
+    ),
     "a document of another kind": (told(esd_lora='{"base": 7}'), "its esd_lora header is malformed: base: "),
     "deep metadata": (told(lora_adapter_metadata=DEEP), ADAPTER),
     "an expression that never ends": (told(lora_adapter_metadata=json.dumps(SLOW)), ADAPTER),

@@ -293,6 +293,9 @@ def test_what_cannot_be_stacked_is_refused(patch: Patch, other: Patch) -> None:
         assert str(caught.value) == message
     with pytest.raises(PatchError, match=rf"{name} is \(32, 64\) in a patch made for .*, and \(32, 32\)"):
         stack([patch, wide])
+    flow = replace(patch, tensors={k.replace("unet.", "transformer."): v for k, v in patch.tensors.items()})
+    with pytest.raises(PatchError, match=r"^some patches adapt a transformer and some a unet; no base has both$"):
+        stack([patch, flow])
 
 
 def test_compressing_is_the_best_of_its_rank_and_tells_its_error(patch: Patch, other: Patch) -> None:
