@@ -18,6 +18,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 
 from esd_lora.bases import FAMILIES
 from esd_lora.bases.facts import facts_of, on_meta
-from esd_lora.errors import PatchError
+from esd_lora.errors import BaseModelError, PatchError
 from esd_lora.patch import Patch, encode, patch_of, read_info, write_file
-from esd_lora.recipe import Concept
+from esd_lora.recipe import make_recipe
 from esd_lora.tensorfile import Entry, TensorFile, parse_json
 
 Program = Literal["kohya", "comfyui", "a1111"]
@@ -100,9 +101,18 @@ def export(patch: Patch, file: Path) -> Path:
 
 
 def architecture_of(patch: Patch) -> Architecture | None:
-    """The architecture that has all of a patch's layers, in its shapes; None where none has."""
-    fitting = (a for a in ARCHITECTURES if patch.shapes.items() <= layers_of(a.base).items())
-    return next(fitting, None)
+    """The architecture that has all of a patch's layers, in its shapes; None where none has.
+
+    Self-attention is the same in Stable Diffusion 1 and 2: there it is that of the base which the patch was made for, where
+    the configs of that can be had, or the older one.
+    """
+    fitting = [a for a in ARCHITECTURES if patch.shapes.items() <= layers_of(a.base).items()]
+    if len(fitting) > 1:
+        with suppress(BaseModelError):
+            origin = patch.info.get("base", {})
+            own = layers_of(str(origin.get("name")), origin.get("revision"))
+            fitting = [a for a in fitting if layers_of(a.base) == own] or fitting
+    return next(iter(fitting), None)
 
 
 def layers_of(base: str, revision: str | None = None) -> dict[str, tuple[int, int]]:
@@ -161,11 +171,14 @@ def import_lora(
         partial: Leave out what a patch does not hold, such as layers of text encoders and convolutions.
 
     Raises:
-        PatchError: Not a LoRA file, it does not fit the base, or has layers that a patch does not hold and `partial` is off.
+        PatchError: Not a LoRA file, it does not fit the base, has layers that a patch does not hold and `partial` is off, or is
+            a stack of ours and `erase` is told.
+        RecipeError: A word of `erase` cannot be a concept.
         BaseModelError: The base is not found, or of no known family.
     """
     if not file.is_file():
         raise PatchError(f"{file}: no such file; name the .safetensors file of another program")
+    named = make_recipe({"base": base, "concepts": list(erase)}, source="--erase").to_dict() if erase else {}
     store = TensorFile(file)
     layers, left_out = _sorted_out(file, store.entries, layers_of(base, revision))
     if left_out and not partial:
@@ -186,8 +199,9 @@ def import_lora(
     if not info.get("base"):
         info |= {"base": {"name": base, "revision": revision}, "imported": file.name}
     if erase:
-        concepts = [Concept(erase=e).model_dump(mode="json", by_alias=True) for e in erase]
-        info["recipe"] = {**info.get("recipe", {}), "concepts": concepts}
+        if "stack" in info:
+            raise PatchError(f"{file}: a stack, which tells what each of its parts erases; leave --erase out")
+        info["recipe"] = {**info.get("recipe", {}), "concepts": named["concepts"]}
     adapter = _adapter(file, store.metadata, prefix=next(iter(layers)).split(".", 1)[0])
     alphas = any("alpha" in keys for keys in layers.values())
     return patch_of(file, tensors, info, adapter="{}" if alphas else adapter), left_out

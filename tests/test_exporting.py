@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from esd_lora.bases.facts import facts_of
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
+from esd_lora.compose import stack
 from esd_lora.errors import BaseModelError, PatchError
 from esd_lora.exporting import architecture_of, export, import_lora, layers_of
 from esd_lora.patch import FILE_NAME, Patch, load_patch
@@ -158,6 +160,14 @@ def test_the_header_tells_a1111_which_models_have_it(base: str, version: str, v2
         "2",
         "2.0",
     )
+
+
+def test_self_attention_that_two_versions_have_is_told_by_its_base(tmp_path: Path) -> None:
+    for base, version in ((SD15, "sd_v1"), (SD21, "sd_v2"), ("of/no one knows", "sd_v1")):
+        patch = patch_for(SD21, "esd-u") if base == SD21 else patch_for(SD15, "esd-u")
+        built = architecture_of(replace(patch, info={"base": {"name": base}}))
+        assert built is not None
+        assert built.version == version
 
 
 # ---- and back --------------------------------------------------------------------------------------------------------
@@ -380,6 +390,14 @@ def test_what_has_no_name_there_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_stack_tells_what_it_erases_itself(patch: Patch, tiny_folder: Path) -> None:
+    with pytest.warns(UserWarning, match="fits neither"):
+        file = export(stack([patch]), Path("both.safetensors"))
+    with pytest.raises(PatchError, match=r"a stack, which tells what each of its parts erases; leave --erase out$"):
+        import_lora(file, str(tiny_folder), erase=["dog"])
+    assert import_lora(file, str(tiny_folder))[0].info["stack"]
+
+
 # ---- on the command line ---------------------------------------------------------------------------------------------
 
 
@@ -395,6 +413,9 @@ def test_a_patch_goes_out_and_comes_back_on_the_command_line(
     assert (back.code, back.err) == (0, "")
     assert Path("again", FILE_NAME).is_file()
     assert same(load_patch("again").tensors, load_patch("cat").tensors)
+    empty = call("import", "cat.safetensors", "--base", SD15, "--out", "xl", "--erase", " ")
+    assert (empty.code, empty.err.count("\n")) == (2, 1)
+    assert empty.err.startswith("error: --erase: ")
     wrong = call("import", "cat.safetensors", "--base", SDXL, "--out", "xl")
     assert wrong.code == 2
     assert wrong.err.endswith(" and its partner are (1, 768) and (640, 1); in the base the layer is (640, 2048)\n")
