@@ -71,7 +71,7 @@ def overlap(base: Base, patches: Sequence[Patch], *, on_words: Callable[[int, in
         check_fits(patch, base)
         if not set(text) & set(patch.ranks):
             raise PatchError(f"the patch that erases {patch.erases} leaves k and v of cross-attention alone")
-    weights = [base.denoiser.get_submodule(n.removeprefix(f"{base.prefix}.")).weight.double().cpu() for n in text]
+    weights = [base.denoiser.get_submodule(n.removeprefix(f"{base.prefix}.")).weight.cpu().double() for n in text]
     whole = sum((w.T @ w for w in weights), torch.zeros(()))
     grams = [gram_of(p, text) for p in patches]
 

@@ -191,6 +191,8 @@ def evaluate_patches(
         on_step=on_step if processes.is_main() else None,
     )
     known = load_base(str(gold), device=device, dtype=how.get("dtype", "fp32")) if gold else None
+    if known:  # whose own pictures may be of another size
+        sampling = replace(sampling, resolution=model.resolution(sampling.resolution))
     with shared(folder):
         ways = ways_of(subject, patches, weights=weights, against=against, gold=known)
         report = compare(

@@ -62,7 +62,7 @@ def scrambling_patch(base: Base, layers: Layers, rank: int, *, seed: int = 0) ->
     """
     null = null_patch(base, layers, rank)
     weights = {n: base.denoiser.get_submodule(n.removeprefix(f"{base.prefix}.")).weight for n in null.ranks}
-    return _random(null, {n: SCRAMBLING * w.double().norm().item() for n, w in weights.items()}, seed)
+    return _random(null, {n: SCRAMBLING * w.detach().cpu().double().norm().item() for n, w in weights.items()}, seed)
 
 
 def random_like(patch: Patch, seed: int) -> Patch:
