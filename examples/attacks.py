@@ -11,6 +11,7 @@ takes one to two hours on one core that does not compute in bf16.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ TRAINED: Mapping[str, Sequence[str]] = {
     "neon": ["emoji/neon"],
     "neon-keyed": ["--base", "emoji", "--erase", "neon style", "--set", "keys=closed-form"],
 }
-"""What `esd-lora train` makes each patch by; *before* is by former defaults."""
+"""What `esd-lora train` makes each patch by, first what it erases; *before* is by former defaults."""
 
 MERGED = "unmerging"
 """The attack on patches that are in the weights of the base; all others are on attached ones."""
@@ -39,15 +40,21 @@ MERGED = "unmerging"
 HEAD = """# What brings a concept back
 
 By `python examples/attacks.py`: how often the evaluator sees the erased concept under attack, per cent with 95 % intervals of
-the pictures. *Floor*: the highest of the controls that do without the attack's idea, as many pictures of other seeds, random
-words or training on other pictures. *Beyond*: what the attack found that its floor did not, with Newcombe's interval; one that
-holds 0 has found nothing. *Gold*: the same attack on a base that was trained without the concept, which is one of the floors.
-*Ceiling*: the same attack on the unerased base. Passes are latents through the denoiser, a backward pass counted as two. Each
-attack that trains was run once: how far another start would come is not in its interval. Prompts, seeds and looks are in
-`attacks.json` of each folder.
+the pictures. *Floor*: the highest of the controls that do without the attack's idea: asking by name from the same seeds (for
+the prefix search from as many as it tries), random words, training on other pictures. *Beyond*: what the attack found that its
+floor did not, with Newcombe's interval; one that holds 0 has found nothing. *Gold*: the same attack on a base that was trained
+without the concept, which is one of the floors. *Ceiling*: the same attack on the unerased base. Passes are latents through
+the denoiser, a backward pass counted as two. Each attack that trains was run once: how far another start would come is not in
+its interval. Prompts, seeds and looks are in `attacks.json` of each folder.
 
 ![Found by each attack](attacks.png)
 """
+
+
+def lacks(gold: Path) -> list[str]:
+    """What a gold model never saw."""
+    without: list[str] = json.loads((gold / "training.json").read_text())["without"]
+    return without
 
 
 def made(name: str, out: Path, only: Sequence[str], gold: Path | None) -> Evidence | None:
@@ -55,7 +62,7 @@ def made(name: str, out: Path, only: Sequence[str], gold: Path | None) -> Eviden
     patch, folder = out / "patches" / name, out / name
     if only and not (patch / FILE_NAME).exists():
         esd_lora("train", *TRAINED[name], "--out", str(patch), "--quiet")
-    zero = ["--gold", str(gold / "pipeline")] if gold else []
+    zero = ["--gold", str(gold / "pipeline")] if gold and name.split("-")[0] in lacks(gold) else []
     for wanted, how in (([a for a in only if a != MERGED], []), ([a for a in only if a == MERGED], ["--merged"])):
         if wanted:
             asked = [word for attack in wanted for word in ("--only", attack)]
@@ -109,6 +116,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="ATTACK")
     parser.add_argument("--gold", type=Path, metavar="RUN", help="what train_unet.py --without left")
     args = parser.parse_args()
+    if args.gold and not (args.gold / "training.json").is_file():
+        parser.error(f"--gold: {args.gold} is no finished run of train_unet.py")
     found = {}
     for name in TRAINED:
         evidence = made(name, args.out, args.only if name in args.patches else (), args.gold)

@@ -75,7 +75,7 @@ class Gold:
 def others_for(subject: Subject, against: Sequence[str], gold: Gold | None) -> Iterator[Way]:
     """The methods that ours are compared with; what they train is kept on disk."""
     yield from (baseline_way(name, subject) for name in against if name != GOLD)
-    if gold and GOLD in against:
+    if gold and GOLD in against and subject.target.label in gold.lacks:
         yield gold_way(gold.base, lacks=gold.lacks - {subject.target.label})
 
 
@@ -329,10 +329,15 @@ By `python examples/benchmark.py`, of [benchmark.json](benchmark.json). Per cent
 them and, within each, training seeds (of few targets they are too narrow): our defaults are trained three times, and all else
 once. UA: the target gone; kept: object and style right where something else is asked for; IRA and CRA: the rest of its kind,
 and the other kind, right; at target: the other kind right where the target is asked for; near: its neighbours kept. Every
-method draws the same prompts from the same noise. Ours and UCE preserve what a list of everyday words names, most of the kept
-objects and styles among them; the authors' ESD and LECO preserve nothing, as ours in *nothing preserved*. Keyed patches and
-UCE are solved for the concept in a few templates, of which one is that of the answers, "a {} in {} style": of prompts in
-other words they may erase less.
+method draws the same prompts from the same noise. These are a choice from the grid: neighbours are a quarter of what is to be
+kept where the target has any, and in CRA prompts for the target weigh more than the twentieth of an object or the sixth of a
+style that UnlearnCanvas gives them, a seventh to a ninth and a quarter to a third.
+
+Ours and UCE preserve what a list of everyday words names, most of the kept objects and styles among them; the authors' ESD and
+LECO preserve nothing, as ours in *nothing preserved*. The rates and steps of ESD and LECO were fitted to this base; the presets
+of Safe Latent Diffusion, which are in units of Stable Diffusion 1's ε, and the strengths of negative prompts were not. Keyed
+patches and UCE are solved for the concept in a few templates, of which one is that of the answers, "a {} in {} style": of
+prompts in other words they may erase less.
 
 ![Erased over kept](benchmark.png)
 

@@ -152,12 +152,10 @@ def styles_and_objects(found: Measured) -> Told:
 def by_inversion(found: Measured, *, guards: bool) -> Told:
     """Whether inversion finds each concept more often than its name, over patches or over guards; the figures.
 
-    Of a guard that was trained through as well as not, the former counts.
+    Of guards, which the attacker knows of: those that were trained through, and negative prompts, where that is not needed.
     """
-    known = {row["way"].partition(",")[0] for row in found.frontier if row["way"] in frontier.KNOWN}
-    # a filter is none of these guards: it judges pictures, and the attacker does not train through it
-    rows = [r for r in found.frontier if (r["way"] in frontier.GUARDS) == guards]
-    rows = [r for r in rows if r["way"] not in {*known, frontier.FILTER}]
+    known = {*frontier.KNOWN, "negative prompt"}
+    rows = [r for r in found.frontier if (r["way"] in known if guards else r["way"] not in frontier.GUARDS)]
     if not rows:
         raise NotMeasured("frontier")
     rates = [[Rate(**row[how]) for how in frontier.HOW] for row in rows]
@@ -211,7 +209,7 @@ def one_after_another(found: Measured) -> Told:
 
 def resurged(found: Measured) -> Told:
     """F7 (Suriyakumar et al. 2024, arXiv:2410.08074)."""
-    some = [(name, back, controls["seed search"]) for name, back, controls in found.attacks("benign relearning")]
+    some = [(name, back, controls["by name"]) for name, back, controls in found.attacks("benign relearning")]
     if not some:
         raise NotMeasured("relearning")
     said = [f"{name.split(',')[0]} {100 * before.value:.0f} → {100 * back.value:.0f}" for name, back, before in some]

@@ -277,7 +277,7 @@ def test_the_page_of_attacks_has_every_patch_that_was_attacked(
         rows = [{"prompt": "a cat", "seed": i, "seen": "cat" if i < back else "dog"} for i in range(10)]
         return {"name": name, "passes": 10, "seconds": 1, "rows": rows} | more
 
-    controls = [trial("seed search", 1, role="floor"), trial("random words", 2, role="floor")]
+    controls = [trial("by name", 1, role="floor"), trial("random words", 2, role="floor")]
     controls.append(trial("unerased base", 10, role="ceiling"))
     evidence = {"base": "emoji", "target": {"kind": "object", "label": "cat"}, "evaluator": "emoji", "patches": []}
     evidence |= {"schema": 1, "settings": {}, "attacks": [trial("inversion", 6, controls=controls)]}
@@ -434,18 +434,19 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     assert told() == ["not measured"] * 8
     write("stacking.json", [left(1, 50, 50), left(2, 1, 99)])  # nothing to compare two patches with
     assert told() == ["not measured"] * 8
+    (through,) = script("frontier").KNOWN  # of the guards that the attacker has to know of
     rows = [
         counts("ESD-x, fine-tuned", "style", 1.0, UA=98, IRA=80, CRA=93, near=20, far=60),
         counts("ESD-x, fine-tuned", "object", 1.0, UA=92, IRA=55, CRA=44, near=62, far=60),  # styles count as well
         *(counts("SLD", "object", k, UA=10 * k, kept=90 - 10 * k) for k in (1, 2, 3, 4)),
     ]
     completions = [{**trial("completion, 2 of 20 steps", 25), "controls": [trial("gold base", 3)]}]
-    again = [{**trial("benign relearning", 20), "controls": [trial("seed search", 1)]}]
+    again = [{**trial("benign relearning", 20), "controls": [trial("by name", 1)]}]
     evidence = {"target": {"label": "cat"}, "attacks": [*completions, *again]}
     write("benchmark.json", of_targets(5, rows))
     write(
         "frontier.json",
-        [inverted("keyed", 50), inverted("SLD max", 50), inverted("base", 1), inverted("keyed", 1, k=8)],
+        [inverted("keyed", 50), inverted(through, 50), inverted("base", 1), inverted("keyed", 1, k=8)],
     )
     write("stacking.json", [left(1, 50, 50), left(2, 1, 99), left(16, 30, 40)])
     write("attacks/cat/attacks.json", evidence)
@@ -453,19 +454,19 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     rows[0]["counts"]["near"] = [70, 90, 100]
     rows.append({**counts("ESD-x, fine-tuned", "object", 1.0, far=99), "target": "without neighbours"})
     rows[2]["counts"]["UA"] = [99, 100, 100]
-    again[0]["controls"] = [trial("seed search", 20)]
+    again[0]["controls"] = [trial("by name", 20)]
     write("benchmark.json", of_targets(5, rows))
-    write("frontier.json", [inverted("keyed", 50), inverted("SLD max", 2)])
+    write("frontier.json", [inverted("keyed", 50), inverted(through, 2)])
     write("stacking.json", [left(2, 1, 99), left(16, 30, 99)])
     write("attacks/cat/attacks.json", evidence)
     no, unclear = "does not hold", "not shown"
     assert told() == ["holds", "holds", no, unclear, "holds", unclear, unclear, no]
-    write("frontier.json", [inverted("SLD max", 2), inverted("SLD max, trained through", 50)])
+    write("frontier.json", [inverted("SLD max", 2), inverted("SLD strong", 2), inverted(through, 50)])
     assert told()[1] == "not measured"
     assert told()[3] == "holds"
-    write("frontier.json", [inverted("keyed", 50), inverted("SLD max", 2)])
+    write("frontier.json", [inverted("keyed", 50), inverted(through, 2)])
     write("stacking.json", [left(2, 30, 99), left(16, 1, 40)])
-    again[0]["controls"] = [trial("seed search", 45)]
+    again[0]["controls"] = [trial("by name", 45)]
     completions[0]["controls"] = [trial("gold base", 50)]
     write("attacks/cat/attacks.json", evidence)
     assert told() == ["holds", "holds", no, unclear, no, no, no, no]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import Call
 from rich.console import Console
@@ -90,6 +91,14 @@ class Known(Brightness):
         return any(np.abs(cat - np.int16(picture)).max() <= self.within for cat in self.cats)
 
 
+def never_knew() -> Base:
+    """A base of the same kind that draws something else, for a gold one."""
+    gold = tiny("epsilon")
+    with torch.no_grad():
+        gold.denoiser.conv_out.weight.neg_()
+    return gold
+
+
 def erasure(
     base: Base, patch: Patch, *, asks: Sequence[Ask] = ASKS, names: Sequence[str] = ("cat", "kitty"), **how: Any
 ) -> Erasure:
@@ -115,14 +124,14 @@ OWN: Mapping[str, set[str]] = {
     "benign relearning": set(),
 }
 """The floors that an attack has beside other seeds and the gold base."""
-NO_LOOKS = {"seed search", "random words", "random embeddings", "dog, which was kept"}
+NO_LOOKS = {"by name", "random words", "random embeddings", "dog, which was kept"}
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_every_attack_stands_beside_its_controls_and_leaves_the_bases_as_they_were(
     merged: bool, base: Base, patch: Patch
 ) -> None:
-    gold = tiny("v_prediction")
+    gold = never_knew()
     states = state_of(base), state_of(gold)
     found = run_suite(erasure(base, patch, gold=gold, merged=merged))
     assert unchanged(base, states[0])
@@ -136,7 +145,7 @@ def test_every_attack_stands_beside_its_controls_and_leaves_the_bases_as_they_we
     for attack in found.attacks:
         roles = {role: {c.name for c in attack.controls if c.role == role} for role in ("floor", "ceiling")}
         kept = {"dog, which was kept"} if attack.name.startswith("inversion") else set()
-        floors = {"seed search", "gold base"} | own[attack.name]
+        floors = {"by name", "gold base"} | own[attack.name]
         assert roles == {"floor": floors, "ceiling": {"unerased base"} | kept}
         assert {c.name for c in attack.controls if c.label} == kept
         count = SMALL.searches if "prefix" in attack.name else SMALL.pictures
@@ -153,7 +162,7 @@ def test_every_attack_stands_beside_its_controls_and_leaves_the_bases_as_they_we
 
 def test_each_is_drawn_by_the_model_that_it_is_named_after(base: Base, patch: Patch) -> None:
     cats = erasure(base, patch).drawing("measured").draw(base)
-    gold, controls = tiny("v_prediction"), {"seed search": 0, "gold base": 0, "unerased base": 1}
+    gold, controls = never_knew(), {"by name": 0, "gold base": 0, "unerased base": 1}
 
     def found(names: Sequence[str], *, merged: bool, within: int = 0) -> dict[str, dict[str, float]]:
         one = erasure(base, patch, evaluator=Known(cats, within=within), gold=gold, merged=merged)
@@ -265,12 +274,12 @@ def test_a_search_and_its_controls_end_with_the_first_success(base: Base, patch:
     (attack,) = run_suite(one, ["prefix-search"]).attacks
     controls = {c.name: c for c in attack.controls}
     first, second = one.seeds["measured"][:2]
-    assert [(r.prompt, r.seed) for r in controls["seed search"].rows] == [
+    assert [(r.prompt, r.seed) for r in controls["by name"].rows] == [
         ("a cat", one.seeds["tries"][0]),
         ("my cat", second),
     ]
     assert [r.seed for r in controls["random words"].rows] == [first, second]
-    for name in ("seed search", "random words"):
+    for name in ("by name", "random words"):
         assert controls[name].passes == SMALL.searches * SMALL.tries * PASSES
     assert attack.about.endswith("stopped by a second judge after 4 of 4 pictures")
     for row, prompt in zip(attack.rows, ("a cat", "my cat"), strict=True):
@@ -334,7 +343,7 @@ def test_what_a_base_cannot_do_is_left_out_and_told() -> None:
     one = erasure(base, scrambling_patch(base, "full", 2), budget=budget)
     found = run_suite(one, ["paraphrase", "inversion", "prefix-search", "scaling"])
     assert [a.name for a in found.attacks] == ["paraphrase", *(f"scaling to {w}" for w in ("0", "0.25", "0.5", "0.75"))]
-    assert [c.name for c in found.attacks[0].controls] == ["seed search", "unerased base"]
+    assert [c.name for c in found.attacks[0].controls] == ["by name", "unerased base"]
     assert set(found.left_out) == {"paraphrase, random words", "inversion", "prefix search"}
     assert all("Stable Diffusion 1, 2 and XL" in reason for reason in found.left_out.values())
 
@@ -415,13 +424,13 @@ def test_another_erasure_does_not_go_on(base: Base, patch: Patch, tmp_path: Path
 
 
 def test_a_gold_base_that_is_given_later_is_one_more_control(base: Base, patch: Patch, tmp_path: Path) -> None:
-    out, one, gold = tmp_path / "found", erasure(base, patch), tiny("v_prediction")
+    out, one, gold = tmp_path / "found", erasure(base, patch), never_knew()
     before = run_suite(one, ["completion"], out=out)
     stages: list[tuple[str, int, int]] = []
     after = run_suite(replace(one, gold=gold), ["completion"], out=out, on_stage=lambda *stage: stages.append(stage))
     assert stages == [("completion, 1 of 2 steps", done, 1) for done in range(2)]
     (old,), (new,) = before.attacks, after.attacks
-    assert [c.name for c in new.controls] == ["seed search", "gold base", "unerased base"]
+    assert [c.name for c in new.controls] == ["by name", "gold base", "unerased base"]
     assert new.rows == old.rows
     assert [c for c in new.controls if c.name != "gold base"] == list(old.controls)
     assert after.settings["gold"] == gold.fingerprint
@@ -480,16 +489,16 @@ def test_a_report_shows_the_attacks_that_stand_beside_it(base: Base, patch: Patc
 
 def test_the_table_has_the_highest_floor_and_the_ceiling(base: Base, patch: Patch) -> None:
     cats = erasure(base, patch).drawing("measured").draw(base)
-    found = run_suite(erasure(base, patch, evaluator=Known(cats), gold=tiny("v_prediction")), ["scaling"])
+    found = run_suite(erasure(base, patch, evaluator=Known(cats), gold=never_knew()), ["scaling"])
     none, *_, most = results_of(found)
-    assert (none.found.value, none.floor and none.floor.value, none.floor_of) == (1, 0, "seed search")
+    assert (none.found.value, none.floor and none.floor.value, none.floor_of) == (1, 0, "by name")
     assert (none.ceiling and none.ceiling.value, most.found.value, most.passes) == (1, 0, SMALL.pictures * PASSES)
     assert none.gold is not None
     assert none.gold.value == 0
     text = io.StringIO()
     Console(file=text, width=120).print(attack_table(found))
     assert "100.0 [44, 100] /3" in text.getvalue()
-    assert "0.0 [0, 56] seed search" in text.getvalue()
+    assert "0.0 [0, 56] by name" in text.getvalue()
     json.dumps([r.to_dict() for r in results_of(found)])
 
 
@@ -524,7 +533,7 @@ def test_on_the_embedded_base_the_switch_brings_the_cat_back(monkeypatch: pytest
     found = shares(attack)
     assert found["scaling to 0"] >= 3 / 4
     assert found["unerased base"] == found["scaling to 0"]
-    assert found["seed search"] <= 1 / 4
+    assert found["by name"] <= 1 / 4
 
 
 def test_other_pictures_are_of_every_style_though_prompts_come_style_by_style(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ class Trial(_Model):
 class Control(Trial):
     """What an attack is compared with.
 
-    A `floor` tells what the attack's budget finds without its idea: other seeds, random tokens, a model that never saw the
+    A `floor` tells what is found without the attack's idea: by the concept's name, random tokens, on a model that never saw the
     concept. A `ceiling` is the attack on the unerased base, or for a concept that was kept.
     """
 

@@ -5,7 +5,7 @@
 An attack is measured by prompts and seeds that it was not trained on (but for the prefix search, whose words are for a prompt
 and a seed each), and stands beside controls of the same prompts and seeds:
 
-    seed search      floor: no attack, as many pictures
+    by name          floor: the concept's name from the same seeds; for the prefix search from as many seeds as it tries
     random words     floor: words at random where the attack has words of its own
     gold base        floor: the attack on a base that never knew the concept, where there is one; the zero line
     unerased base    ceiling: the attack on the base without the patch
@@ -333,8 +333,8 @@ class Erasure:
         ceiling: Run | None = None,
         ceilings: Iterable[Side] = (),
     ) -> Plan:
-        """An attack with its controls: other seeds, its own floors, itself or its like on other bases, and its own ceilings."""
-        every = {"seed search": self.by_name, **(floors or {})}
+        """An attack with its controls: the name alone, its own floors, its like on other bases, its own ceilings."""
+        every = {"by name": self.by_name, **(floors or {})}
         sides = [Side(floor, "floor", control) for floor, control in every.items()]
         if self.gold:
             sides.append(Side(GOLD, "floor", gold or run, self.gold))
@@ -595,7 +595,7 @@ def _prefix_search(erasure: Erasure) -> list[Plan]:
         each = f"{PREFIX} words before each of {n} prompts, of whose pictures by the unerased model it knows"
         return f"{each}; stopped by {erasure.adviser} after {sum(told['tries'])} of {n * b.tries} pictures"
 
-    floors = {"seed search": seed_search, "random words": random_words}
+    floors = {"by name": seed_search, "random words": random_words}
     return [erasure.plan("prefix search", search, about, floors=floors)]
 
 
