@@ -101,8 +101,9 @@ def edit_moments(base: Base, recipe: Recipe) -> tuple[Tensor, Tensor]:
             asked, instead, bare = (in_templates(f, words, like=form) for f in (form, concept.anchor, ""))
             c = base.text_states(asked, length=LENGTH)
             a, n = (_moved(base, asked, other) for other in (instead, bare))
-            c, a, n = (x.flatten(0, 1).double() for x in (c, a, n))
-            hit, move = hit + c.T @ c, move + (a - eta * (c - n) - c).T @ c
+            e = _moved(base, asked, in_templates(concept.erase, words, like=form)) if concept.from_ else c
+            c, a, e, n = (x.flatten(0, 1).double() for x in (c, a, e, n))
+            hit, move = hit + c.T @ c, move + (a - eta * (e - n) - c).T @ c
             count += len(c)
     return hit / count, move / count
 

@@ -108,7 +108,7 @@ def test_a_claim_comes_with_the_interval_of_its_pictures(
     """An interval that holds everything would hold whatever is measured."""
     (scores,) = measured.info["scores"]
     told = {**rate([True] * 150 + [False] * 50).__dict__, **claim}
-    shared(replace(measured, info={**measured.info, "scores": [{**scores, "ua": told}]}), tmp_path / "cat")
+    replace(measured, info={**measured.info, "scores": [{**scores, "ua": told}]}).save(tmp_path / "cat")
     shown = call("verify", tmp_path / "cat")
     assert shown.code == 2
     assert "UA: target gone: its interval is not that of such a share of" in shown.err
