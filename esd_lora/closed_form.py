@@ -96,14 +96,12 @@ def edit_moments(base: Base, recipe: Recipe) -> tuple[Tensor, Tensor]:
     hit, move, count = torch.zeros(()), torch.zeros(()), 0
     for concept in recipe.concepts:
         eta = recipe.eta_of(concept)
-        forms = (concept.prompt,) if concept.from_ else (concept.erase, *concept.synonyms)
-        for form in dict.fromkeys(forms):
+        for form in dict.fromkeys((concept.erase, *concept.synonyms)):
             asked, instead, bare = (in_templates(f, words, like=form) for f in (form, concept.anchor, ""))
             c = base.text_states(asked, length=LENGTH)
             a, n = (_moved(base, asked, other) for other in (instead, bare))
-            e = _moved(base, asked, in_templates(concept.erase, words, like=form)) if concept.from_ else c
-            c, a, e, n = (x.flatten(0, 1).double() for x in (c, a, e, n))
-            hit, move = hit + c.T @ c, move + (a - eta * (e - n) - c).T @ c
+            c, a, n = (x.flatten(0, 1).double() for x in (c, a, n))
+            hit, move = hit + c.T @ c, move + (a - eta * (c - n) - c).T @ c
             count += len(c)
     return hit / count, move / count
 

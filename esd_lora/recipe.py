@@ -52,7 +52,7 @@ class Concept(BaseModel):
         None,
         alias="from",
         description="Erase the concept only as an attribute of this prompt, which is what the patch is trained on; "
-        "the prompt itself is the anchor, so that the rest of it stays.",
+        "the prompt itself is the anchor, so that the rest of it stays. Not with closed forms.",
     )
     replace_with: Words | None = Field(
         None, description="Draw this instead: the anchor a of the equation. Without it the anchor is the empty prompt."
@@ -201,6 +201,11 @@ class Recipe(BaseModel):
             raise ValueError("keys: closed-form is for cross-attention, which layers esd-u does not adapt")
         if self.objective == "closed-form" and self.layers != "esd-x-strict":
             raise ValueError(f"objective: closed-form is for layers esd-x-strict, not {self.layers}")
+        if "closed-form" in (self.keys, self.objective) and any(concept.from_ for concept in self.concepts):
+            raise ValueError(
+                "concepts.from: closed forms move words wherever they stand, which leaves what is to go from one prompt alone; "
+                "use keys: learned, and an objective that is trained"
+            )
         if self.objective == "authors" and self.eta <= 1 and any(not c.anchor for c in self.concepts):
             raise ValueError(f"eta: must be above 1 with objective authors, where 1 changes nothing, got {self.eta:g}")
         alone = all(concept.anchor for concept in self.concepts)

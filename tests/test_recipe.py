@@ -196,6 +196,14 @@ def test_a_recipe_cannot_be_changed() -> None:
             "recipe: rank: input should be a valid integer, unable to parse string as an integer, got 'many'",
         ),
         ({"rank": None}, "recipe: rank: input should be a valid integer, got None"),
+        *(
+            (
+                {"concepts": {"erase": "hat", "from": "cowboy"}, field: "closed-form"},
+                "recipe: concepts.from: closed forms move words wherever they stand, which leaves what is to go from one "
+                "prompt alone; use keys: learned, and an objective that is trained",
+            )
+            for field in ("keys", "objective")
+        ),
         ({"lr": 0}, "recipe: lr: input should be greater than 0, got 0"),
         ({"lr": float("nan")}, "recipe: lr: input should be a finite number, got nan"),
         ({"lr": ".inf"}, "recipe: lr: input should be a valid number, unable to parse string as a number, got '.inf'"),

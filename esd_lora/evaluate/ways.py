@@ -311,7 +311,8 @@ def _leco(subject: Subject) -> Way:
 
 
 def _uce(subject: Subject) -> Way:
-    recipe = Recipe(base=subject.base.name, concepts=(subject.concept,), objective="closed-form", eta=0.0)
+    everywhere = subject.concept.model_copy(update={"from_": None})  # as all others here erase it
+    recipe = Recipe(base=subject.base.name, concepts=(everywhere,), objective="closed-form", eta=0.0)
     method = Method(name="UCE", role="baseline", about="Unified Concept Editing: cross-attention k and v, solved for")
     return _trained(subject, method, f"uce {recipe.model_dump_json(by_alias=True)}", partial(train, recipe))
 
