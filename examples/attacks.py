@@ -11,11 +11,11 @@ takes one to two hours on one core that does not compute in bf16.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmark import without
 from demo import esd_lora
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,18 +51,12 @@ its interval. Prompts, seeds and looks are in `attacks.json` of each folder.
 """
 
 
-def lacks(gold: Path) -> list[str]:
-    """What a gold model never saw."""
-    without: list[str] = json.loads((gold / "training.json").read_text())["without"]
-    return without
-
-
 def made(name: str, out: Path, only: Sequence[str], gold: Path | None) -> Evidence | None:
     """The attacks on a patch, after those that are asked for; None if there are none."""
     patch, folder = out / "patches" / name, out / name
     if only and not (patch / FILE_NAME).exists():
         esd_lora("train", *TRAINED[name], "--out", str(patch), "--quiet")
-    zero = ["--gold", str(gold / "pipeline")] if gold and name.split("-")[0] in lacks(gold) else []
+    zero = ["--gold", str(gold / "pipeline")] if gold and name.split("-")[0] in without(gold) else []
     for wanted, how in (([a for a in only if a != MERGED], []), ([a for a in only if a == MERGED], ["--merged"])):
         if wanted:
             asked = [word for attack in wanted for word in ("--only", attack)]

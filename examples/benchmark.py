@@ -58,6 +58,12 @@ GOLD = "gold"
 """What `--against` does not name: a base that lacks the target."""
 
 
+def without(run: Path) -> list[str]:
+    """What a run of train_unet.py left out."""
+    names: list[str] = json.loads((run / "training.json").read_text())["without"]
+    return names
+
+
 @dataclass(frozen=True)
 class Gold:
     """A base that lacks some targets."""
@@ -68,8 +74,7 @@ class Gold:
     @classmethod
     def of(cls, run: Path) -> Gold:
         """What a run of train_unet.py left."""
-        lacks = json.loads((run / "training.json").read_text())["without"]
-        return cls(load_base(str(run / "pipeline"), dtype=quick_dtype()), frozenset(lacks))
+        return cls(load_base(str(run / "pipeline"), dtype=quick_dtype()), frozenset(without(run)))
 
 
 def others_for(subject: Subject, against: Sequence[str], gold: Gold | None) -> Iterator[Way]:

@@ -162,7 +162,7 @@ def test_the_header_tells_a1111_which_models_have_it(base: str, version: str, v2
     )
 
 
-def test_self_attention_that_two_versions_have_is_told_by_its_base(tmp_path: Path) -> None:
+def test_self_attention_that_two_versions_have_is_told_by_its_base() -> None:
     for base, version in ((SD15, "sd_v1"), (SD21, "sd_v2"), ("of/no one knows", "sd_v1")):
         patch = patch_for(SD21, "esd-u") if base == SD21 else patch_for(SD15, "esd-u")
         built = architecture_of(replace(patch, info={"base": {"name": base}}))

@@ -345,7 +345,7 @@ def _weights_of(evaluator: str, model: str) -> tuple[Path, str, str]:
         BaseModelError: There is none, or it has no safetensors weights.
     """
     import transformers
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     folder = Path(model)
     if not folder.is_dir():
@@ -353,7 +353,7 @@ def _weights_of(evaluator: str, model: str) -> tuple[Path, str, str]:
         wanted = ["*.json", "*.txt", "model*.safetensors"]
         try:
             snapshot_download(model, allow_patterns=wanted, revision=folder.name)
-        except OSError as error:
+        except (errors.HTTPError, OSError) as error:
             raise BaseModelError(f"evaluator {evaluator}: cannot be downloaded: {first_line(error)}") from error
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
