@@ -17,7 +17,7 @@ from conftest import Call
 from rich.console import Console
 from test_attacks import state_of, tiny, unchanged
 
-from esd_lora.bases import Base, load_base
+from esd_lora.bases import Base, base_of, load_base
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES
 from esd_lora.errors import OutputError, RecipeError
 from esd_lora.evaluate import suite
@@ -93,10 +93,11 @@ class Known(Brightness):
 
 def never_knew() -> Base:
     """A base of the same kind that draws something else, for a gold one."""
-    gold = tiny("epsilon")
+    pipe = tiny("epsilon").pipe
     with torch.no_grad():
-        gold.denoiser.conv_out.weight.neg_()
-    return gold
+        pipe.unet.conv_out.weight.neg_()
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.neg_()  # for another fingerprint
+    return base_of(pipe)
 
 
 def erasure(
@@ -436,8 +437,9 @@ def test_a_gold_base_that_is_given_later_is_one_more_control(base: Base, patch: 
     assert after.settings["gold"] == gold.fingerprint
     assert read_evidence(out) == after
     text = (out / ATTACKS).read_bytes()
-    with pytest.raises(OutputError, match="were made with other gold"):
-        run_suite(one, ["completion"], out=out)
+    for other in (one, replace(one, gold=base)):
+        with pytest.raises(OutputError, match="were made with other gold"):
+            run_suite(other, ["completion"], out=out)
     assert (out / ATTACKS).read_bytes() == text
 
 
