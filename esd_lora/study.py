@@ -15,8 +15,9 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -84,7 +85,7 @@ def write_study(
     Args:
         out: A folder that is new or empty.
         questions: N pictures; equal reference pictures are stored once.
-        seed: Of the items' ids, and so of the order. Whoever knows it can tell the order of `questions` from the ids.
+        seed: Of the items' ids, and so of the order; they follow from the questions too.
         title: Over the page.
         ask: The question.
         ends: What 1 and 5 mean.
@@ -98,13 +99,18 @@ def write_study(
     if not questions:
         raise UserError("a study needs at least one picture, got none")
     check_empty(out)
-    ids = [f"{n:08x}" for n in random.Random(seed).sample(range(16**8), len(questions))]
+    encode = partial(data_uri, side=side, quality=90)
+    pictures = [encode(q.picture) for q in questions]
+    # of what is asked too, so that answers to another study name no item of this one
+    content = [seed, title, ask, pictures, [[q.method, q.prompt] for q in questions]]
+    chance = random.Random(hashlib.sha256(json.dumps(content).encode()).hexdigest())
+    ids = [f"{n:08x}" for n in chance.sample(range(16**8), len(questions))]
     references: dict[str, int] = {}
     items = []
-    for name, question in zip(ids, questions, strict=True):
-        uri = data_uri(question.reference, side=side, quality=90) if question.reference is not None else None
+    for name, picture, question in zip(ids, pictures, questions, strict=True):
+        uri = encode(question.reference) if question.reference is not None else None
         shown = None if uri is None else references.setdefault(uri, len(references))
-        items.append({"id": name, "picture": data_uri(question.picture, side=side, quality=90), "reference": shown})
+        items.append({"id": name, "picture": picture, "reference": shown})
     items.sort(key=lambda item: str(item["id"]))
     page = {"items": items, "references": list(references), "scale": SCALE, "columns": COLUMNS}
     page["id"] = hashlib.sha256(json.dumps([title, ask, page]).encode()).hexdigest()[:16]
@@ -124,6 +130,7 @@ def draw_questions(
     n: int = 4,
     seed: int = 0,
     reference: Image.Image | None = None,
+    batch_size: int = 32,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Question]:
     """The same prompts drawn from the same noise by the bare base and with each patch, as questions.
@@ -135,6 +142,7 @@ def draw_questions(
         n: Pictures of each prompt by each method.
         seed: Of each prompt's first picture; the next ones count up.
         reference: Shown beside every picture.
+        batch_size: Pictures at a time.
         on_batch: Called with the number of pictures of each finished batch.
 
     Raises:
@@ -153,7 +161,8 @@ def draw_questions(
     ways: dict[str, list[tuple[Patch, float]]] = {BARE: [], **{name: [added] for name, added in patches.items()}}
     for method, added in ways.items():
         with attached(base, [patch for patch, _ in added], [weight for _, weight in added]):
-            pictures = generate(base, [p for p, _ in every], [s for _, s in every], on_batch=on_batch)
+            how: dict[str, Any] = {"batch_size": batch_size, "on_batch": on_batch}
+            pictures = generate(base, [p for p, _ in every], [s for _, s in every], **how)
         questions += [Question(x, method, p, reference) for x, (p, _) in zip(pictures, every, strict=True)]
     return questions
 

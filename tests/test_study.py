@@ -98,6 +98,20 @@ def test_equal_seeds_write_equal_files_and_others_other_ids(tmp_path: Path) -> N
     assert a != c
 
 
+def test_answers_to_another_study_of_the_same_seed_are_refused(tmp_path: Path) -> None:
+    """Such as the same pictures under another question, or in another order of methods."""
+    one, other, turned = (
+        write_study(tmp_path / name, questions=some, seed=1, title=title)
+        for name, some, title in [("a", questions(), "A"), ("b", questions(), "B"), ("c", questions()[::-1], "A")]
+    )
+    rated = {item["id"]: 3 for item in data_of(one)["items"]}
+    answers = write_answers(one.parent, {"ann": rated, "bob": rated})
+    assert score_study(one.parent / "key.json", answers)
+    for page in (other, turned):
+        with pytest.raises(UserError, match="is no item of this study"):
+            score_study(page.parent / "key.json", answers)
+
+
 def test_it_asks_no_network_and_words_are_text(tmp_path: Path) -> None:
     words = "</script><img src=https://example.org/x>"
     page = write_study(
