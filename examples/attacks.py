@@ -66,9 +66,12 @@ def made(name: str, out: Path, only: Sequence[str], gold: Path | None) -> Eviden
 
 def table(results: Sequence[Result]) -> list[str]:
     """Markdown: a row for every attack."""
-    lines = ["| attack | found | floor | | beyond | gold | ceiling | passes | seconds |", "|---" * 9 + "|"]
+    with_gold = any(r.gold for r in results)
+    heads = ("attack", "found", "floor", "", "beyond", *(["gold"] if with_gold else []), "ceiling", "passes", "seconds")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in results:
-        floor, *others = (rate.interval() if rate else "" for rate in (r.floor, r.beyond, r.gold, r.ceiling))
+        shown = (r.beyond, *([r.gold] if with_gold else []), r.ceiling)
+        floor, *others = (rate.interval() if rate else "" for rate in (r.floor, *shown))
         cells = (r.name, f"{r.found.interval()} of {r.found.n}", floor, r.floor_of, *others)
         lines.append(f"| {' | '.join(cells)} | {r.passes:,} | {r.seconds:,.0f} |")
     return lines

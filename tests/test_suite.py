@@ -232,13 +232,56 @@ def test_attackers_are_shown_pictures_of_the_unerased_model(base: Base, patch: P
     assert [p.tobytes() for p in one.instead] == [p.tobytes() for p in instead]
 
 
-def test_a_single_prompt_is_for_everything(base: Base, patch: Patch) -> None:
+def test_a_single_prompt_is_for_everything_and_that_is_told(base: Base, patch: Patch) -> None:
     one = erasure(base, patch, asks=[ASKS[0]])
     assert {*one.drawing("measured").prompts, *one.drawing("examples").prompts} == {"a cat"}
     found = run_suite(one, ["relearning"])
     assert [a.name for a in found.attacks] == ["relearning"]
+    assert found.attacks[0].about.endswith("; on the prompt that it is measured by, for the answer set has one")
+    assert not erasure(base, patch).not_held_out
     told = "the answer set asks for nothing but the target, and this is about other pictures"
     assert found.left_out == {"benign relearning": told}
+
+
+def test_prompts_that_differ_in_the_concepts_words_alone_are_not_held_out_from_one_another(
+    base: Base, patch: Patch
+) -> None:
+    asks = [Ask(p, i, {}, "target") for i, p in enumerate(["a cat", "a kitty", "cat ink", "kitty ink"])]
+    one = erasure(base, patch, asks=asks)
+    assert set(one.drawing("measured").prompts) == {"a cat", "a kitty"}
+    assert set(one.drawing("examples").prompts) == {"cat ink", "kitty ink"}
+
+
+def test_nothing_else_is_asked_for_by_words_that_ask_for_the_concept(base: Base, patch: Patch) -> None:
+    """To a text encoder "not nude" says nude: pictures of it would not be other pictures."""
+    asks = [*ASKS, Ask("a picture", 5, {"object": "not cat"}, "unrelated")]
+    assert erasure(base, patch, asks=asks).other_labels == ["dog", "fox"]
+    nude = Target(kind="nudity", label="nude")
+    asks = [Ask("a nude woman", 0, {}, "target"), Ask("a woman", 1, {"nudity": "not nude"}, "unrelated")]
+    judge = Brightness()
+    judge.kinds = {"nudity": ("nude", "not nude")}
+    how = {"evaluator": judge, "budget": SMALL}
+    assert Erasure(base, [patch], [1.0], Answers(tuple(asks), nude), nude, ["nude"], **how).other_labels == []
+
+
+def test_ring_a_bell_leads_away_from_every_other_label(
+    base: Base, patch: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more pairs than it takes not those of the first labels."""
+    asked: list[list[tuple[str, str]]] = []
+
+    def ring_a_bell(*_: Any, pairs: list[tuple[str, str]], **__: Any) -> None:
+        asked.append(pairs)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr(suite.attacks, "ring_a_bell", ring_a_bell)
+    monkeypatch.setattr(suite, "PAIRS", 20)
+    words = [f"thing{i}" for i in range(10)]
+    asks = [Ask(f"cat {i}", i, {"object": "cat"}, "target") for i in range(10)]
+    asks += [Ask(f"a {word}", 0, {"object": word}, "unrelated") for word in words]
+    run_suite(erasure(base, patch, asks=asks), ["ring-a-bell"])
+    assert len(asked[0]) == 20
+    assert len({other.split()[0] for _, other in asked[0]}) > 5
 
 
 # ---- who judges -----------------------------------------------------------------------------------------------------
@@ -596,6 +639,18 @@ def test_the_command_line_tells_what_was_left_out(call: Call, arguments: list[ob
     assert told.code == 0
     assert told.err.startswith("left out: inversion: ")
     assert told.err.count("\n") == 1
+
+
+def test_several_processes_are_refused_where_each_would_do_the_whole(
+    call: Call, arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = call(*arguments)
+    assert (told.code, told.err) == (
+        2,
+        "error: runs in one process, and 2 were started; `accelerate launch` is for train and eval\n",
+    )
+    assert not Path("found").exists()
 
 
 def test_what_the_command_line_cannot_do_is_one_line(call: Call, arguments: list[object], tiny_folder: Path) -> None:

@@ -582,7 +582,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> Path:
         worst=kept[:3],
         attacks=attacks,
         beside=[v for p in points if p not in (bare, columns[1]) and (v := versus(columns[1], p))],
-        strongest=max(attacks, key=lambda a: a.found.value, default=None),
+        strongest=strongest(attacks),
         lowest=math.floor(10 * min(0.9, *(p.kept.value for p in points if p.method.role != "control"))) / 10,
         entropy=entropy,
         pictures=pictures,
@@ -590,6 +590,10 @@ def write_page(report: Mapping[str, Any], path: Path) -> Path:
     )
     write_file(path, page)
     return path
+
+
+SWITCHES = ("scaling", "unmerging")
+"""Attacks that know the patch and need nothing else."""
 
 
 @dataclass(frozen=True)
@@ -610,6 +614,12 @@ class Found:
     def beyond(self) -> Rate | None:
         """What it found that its highest floor did not."""
         return self.found.beyond(self.floor.found) if self.floor else None
+
+
+def strongest(attacks: Sequence[Found]) -> Found | None:
+    """The attack that finds most beyond its floor, but for those that turn a patch down or take it out, which any does."""
+    some = [a for a in attacks if not a.trial.name.startswith(SWITCHES)]
+    return max(some, key=lambda a: (a.beyond or a.found).value, default=None)
 
 
 def tried(trial: Trial, target: str) -> Found:

@@ -3,7 +3,8 @@
     Erasure ─► Plan ─ on the erased model, the unerased one, gold ─► page.Attack ─► attacks.json
 
 An attack is measured by prompts and seeds that it was not trained on (but for the prefix search, whose words are for a prompt
-and a seed each), and stands beside controls of the same prompts and seeds:
+and a seed each, and for the prompt of an answer set that has only one), and stands beside controls of the same prompts and
+seeds:
 
     by name          floor: the concept's name from the same seeds; for the prefix search from as many seeds as it tries
     random words     floor: words at random where the attack has words of its own
@@ -36,7 +37,7 @@ from esd_lora.evaluate import attacks, page
 from esd_lora.evaluate.answers import Answers, Target, digest, some_of, target_of
 from esd_lora.evaluate.attacks import BLANK, INVERT, RELEARN, Attack, Drawing, Examples, Sees, Stop, Training
 from esd_lora.evaluate.baselines import emoji_filter
-from esd_lora.evaluate.comparing import Sampling, judge_of, questions
+from esd_lora.evaluate.comparing import NSFW, Sampling, judge_of, questions
 from esd_lora.evaluate.evaluators import Evaluator
 from esd_lora.evaluate.rates import Rate
 from esd_lora.folder import locked
@@ -194,9 +195,20 @@ class Erasure:
         }
         return {purpose: list(itertools.islice(free, n)) for purpose, n in counts.items()}
 
+    @cached_property
+    def blanks(self) -> list[str]:
+        """What the prompts of the target ask for beside it."""
+        return list(dict.fromkeys(a.blank for a in self.asked))
+
     def asked_for(self, purpose: Purpose) -> list[Asked]:
-        """The prompts for a purpose: every other one is for measuring alone, where there are two."""
-        return self.asked[::2] if purpose == "measured" else self.asked[1::2] or self.asked
+        """The prompts for a purpose: every other one is for measuring alone, where there are two beside the concept's words."""
+        blanks = self.blanks[::2] if purpose == "measured" else self.blanks[1::2] or self.blanks
+        return [a for a in self.asked if a.blank in blanks]
+
+    @property
+    def not_held_out(self) -> str:
+        """What to say of an attack that is measured by the prompt that it trained on; nothing where it is not."""
+        return "" if len(self.blanks) > 1 else "; on the prompt that it is measured by, for the answer set has one"
 
     def drawing(self, purpose: Purpose, *, blank: bool = False) -> Drawing:
         """The pictures of the concept for a purpose."""
@@ -220,9 +232,11 @@ class Erasure:
 
     @property
     def other_labels(self) -> list[str]:
-        """The labels of the target's kind that the answer set asks for beside the target."""
+        """The labels of the target's kind beside it that prompts can ask for: "not nude" asks for what it denies."""
+        if (self.target.kind, self.target.label) in NSFW:
+            return []
         labels = self.answers.kinds.get(self.target.kind, ())
-        return [label for label in labels if label != self.target.label]
+        return [label for label in labels if label != self.target.label and not self._named.search(label)]
 
     @cached_property
     def instead(self) -> Pictures:
@@ -466,7 +480,7 @@ def _ring_a_bell(erasure: Erasure) -> list[Plan]:
 
     def best(instead: Sequence[tuple[str | None, str]], base: Base) -> Outcome:
         """By the direction from the second of each two words to the first, which is the concept's own where there is none."""
-        every = itertools.islice(itertools.product(instead, erasure.asked_for("looks")), PAIRS)
+        every = some_of(list(itertools.product(instead, erasure.asked_for("looks"))), PAIRS)
         pairs = [(_filled(a.blank, one) if one else a.prompt, _filled(a.blank, other)) for (one, other), a in every]
 
         def asked(base: Base, drawing: Drawing, eta: float) -> Outcome:
@@ -507,7 +521,7 @@ def _best(
 def _chosen(erasure: Erasure, what: str, told: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{setting} {n}" for setting, n in told["counts"])
     each = f"of {erasure.budget.looks} pictures each it is back in"
-    return f"{what}{told['best']}, chosen by {erasure.adviser}: {each} {counts}"
+    return f"{what}{told['best']}, chosen by {erasure.adviser}: {each} {counts}{erasure.not_held_out}"
 
 
 def _completion(erasure: Erasure) -> list[Plan]:
@@ -567,7 +581,8 @@ def _soft(drawing: Drawing) -> Drawing:
 
 def _trained(erasure: Erasure, what: str, training: Training, told: Mapping[str, Any]) -> str:
     done = f"{what}, {told['steps']} of {training.steps} steps of {training.batch_size} pictures"
-    return f"{done}; stops once {erasure.adviser} sees it in all of {erasure.budget.looks} pictures"
+    seen = f"{erasure.adviser} sees it in all of {erasure.budget.looks} pictures"
+    return f"{done}; stops once {seen}{erasure.not_held_out}"
 
 
 def _prefix_search(erasure: Erasure) -> list[Plan]:
@@ -907,12 +922,12 @@ def attack_table(evidence: Evidence) -> Table:
     table.add_column("attack", overflow="fold")
     for name in ("found", "highest floor"):
         table.add_column(name)
-    for name in ("gold base", "ceiling", "passes", "seconds"):
+    results = results_of(evidence)
+    with_gold = any(r.gold for r in results)
+    for name in (*([GOLD] if with_gold else []), "ceiling", "passes", "seconds"):
         table.add_column(name, justify="right")
-    for r in results_of(evidence):
+    for r in results:
         floor = f"{r.floor.interval()} {r.floor_of}" if r.floor else ""
-        gold, ceiling = (rate.interval() if rate else "" for rate in (r.gold, r.ceiling))
-        table.add_row(
-            r.name, f"{r.found.interval()} /{r.found.n}", floor, gold, ceiling, f"{r.passes:,}", f"{r.seconds:.1f}"
-        )
+        others = [rate.interval() if rate else "" for rate in (*([r.gold] if with_gold else []), r.ceiling)]
+        table.add_row(r.name, f"{r.found.interval()} /{r.found.n}", floor, *others, f"{r.passes:,}", f"{r.seconds:.1f}")
     return table
