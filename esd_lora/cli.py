@@ -55,6 +55,7 @@ TargetOf = Annotated[
 ]
 DTypeName = Annotated[Precision, typer.Option(help="Precision of the base.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no hints.")]
 Patches = Annotated[
     list[str] | None,
@@ -207,13 +208,14 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(min=1, max=MOST, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
+    batch_size: BatchSize = 8,
     device: DeviceName = None,
     dtype: DTypeName = "fp32",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Make pictures with a base and any patches: the same seeds give the same noise with and without."""
+    _check_alone()
     _check_prompts(prompt)
     loaded = _patches(patch or [])
     from esd_lora import pictures
@@ -323,6 +325,7 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of a report's pictures.")] = 20,
     guidance_scale: Annotated[float, typer.Option(min=0, max=MOST, help="Of a report's pictures.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Of a report's pictures. Default: the base's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures of a report at a time.")] = 32,
     revision: Revision = None,
     device: DeviceName = None,
     dtype: Annotated[
@@ -354,7 +357,7 @@ def evaluate(
         sampling = Sampling(steps=steps, guidance_scale=guidance_scale, resolution=resolution)
         command = shlex.join(["esd-lora", *sys.argv[1:]])
         with _progress("evaluate", None, quiet=quiet) as step:
-            how |= {"sampling": sampling, "command": command, "on_step": _by_stage(step)}
+            how |= {"sampling": sampling, "batch_size": batch_size, "command": command, "on_step": _by_stage(step)}
             found = evaluate_patches(base, loaded, out, **how)
         processes.leave()
         if as_json:
@@ -366,10 +369,10 @@ def evaluate(
     from esd_lora.report import measure_patches, score_table
 
     of_reports = (answers, target, clip_score, against, gold, weight, revision, resolution)
-    if base != "emoji" or any(of_reports) or (evaluator, steps, guidance_scale) != ("emoji", 20, 7.5):
+    if base != "emoji" or any(of_reports) or (evaluator, steps, guidance_scale, batch_size) != ("emoji", 20, 7.5, 32):
         raise RecipeError(
             "--answers, --target, --evaluator, --clip-score, --against, --gold, --weight, --steps, --guidance-scale, "
-            "--resolution, --revision and bases other than emoji need --out, for a report"
+            "--resolution, --batch-size, --revision and bases other than emoji need --out, for a report"
         )
     model = _base(base, device=device, dtype=dtype)
     with _progress("evaluate", None, quiet=quiet) as step:
@@ -402,6 +405,7 @@ def study(
     ] = "How similar is the picture to the style of the reference?",
     title: Annotated[str, typer.Option(help="Over the page.")] = "Which pictures are alike?",
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the pictures, and of their order.")] = 0,
+    batch_size: BatchSize = 8,
     score: Annotated[list[Path] | None, typer.Option(help="A reader's answers, CSV: score the study instead.")] = None,
     revision: Revision = None,
     device: DeviceName = None,
@@ -414,6 +418,7 @@ def study(
 
         _print({k: vars(v) for k, v in score_study(folder / "key.json", score).items()}, as_json=as_json)
         return
+    _check_alone()
     if not (base and prompt and patch):
         raise RecipeError("name --base, --patch and --prompt to write a study, or --score to score one")
     _check_prompts(prompt)
@@ -426,7 +431,8 @@ def study(
     shown = read_picture(reference) if reference else None
     model = _base(base, revision=revision, device=device)
     with _progress("study", (1 + len(patches)) * n * len(prompt), quiet=quiet) as step:
-        how: dict[str, Any] = {"n": n, "seed": seed, "reference": shown, "on_batch": _by_batch(step)}
+        how: dict[str, Any] = {"n": n, "seed": seed, "reference": shown, "batch_size": batch_size}
+        how["on_batch"] = _by_batch(step)
         questions = studies.draw_questions(model, patches, prompt, **how)
     page = studies.write_study(folder, questions=questions, seed=seed, title=title, ask=ask)
     _print({"page": str(page), "key": str(folder / "key.json"), "pictures": len(questions)}, as_json=as_json)
@@ -464,7 +470,7 @@ def attack(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(min=0, max=MOST, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 32,
+    batch_size: BatchSize = 32,
     revision: Revision = None,
     device: DeviceName = None,
     dtype: DTypeName = "fp32",
@@ -472,6 +478,7 @@ def attack(
     quiet: Quiet = False,
 ) -> None:
     """Try to bring an erased concept back: every attack beside its controls, for `report` to show."""
+    _check_alone()
     if base != "emoji" and not (answers and evaluator):
         raise RecipeError(f"--base {base}: give --answers and --evaluator; emoji alone comes with its own")
     loaded = _patches(patch)
@@ -818,6 +825,18 @@ def _recipe(
     return make_recipe(values, source=recipe or "options")
 
 
+def _check_alone() -> None:
+    """Nothing, if this process is the only one.
+
+    Raises:
+        RecipeError: A launcher has started several, each of which would do the whole.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RecipeError(
+            f"runs in one process, and {processes} were started; `accelerate launch` is for train and eval"
+        )
+
+
 def _check_prompts(prompts: list[str]) -> None:
     """Nothing, if each says something.
 
@@ -1024,6 +1043,12 @@ def main() -> None:
         on = f"; go on with: {shlex.join(['esd-lora', *again, '--resume'])}" if again[:1] == ["train"] else ""
         stderr.print(f"interrupted{on}", markup=False, soft_wrap=True)
         sys.exit(code)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not loaded for a line of help
+            raise
+        hint = "try a smaller --batch-size or --resolution, or --dtype bf16"
+        stderr.print(f"error: the device is out of memory: {hint}", markup=False, soft_wrap=True)
+        sys.exit(EsdLoraError.exit_code)
     except OSError as error:
         stderr.print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), markup=False)
         sys.exit(OutputError.exit_code)

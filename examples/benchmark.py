@@ -32,7 +32,7 @@ from esd_lora.evaluate.comparing import Comparison, Sampling, compare
 from esd_lora.evaluate.evaluators import EmojiEvaluator
 from esd_lora.evaluate.page import Point, make_report, points_of, write_page
 from esd_lora.evaluate.rates import Rate, cluster_bootstrap
-from esd_lora.evaluate.ways import BASELINES, Subject, Way, baseline_way, control_ways, gold_way, patch_way
+from esd_lora.evaluate.ways import BASELINES, ON_EMOJI, Subject, Way, baseline_way, control_ways, gold_way, patch_way
 from esd_lora.patch import write_file
 from esd_lora.recipe import Concept, Recipe
 from esd_lora.training import read_cost, train
@@ -120,6 +120,7 @@ class Bench:
             "pictures": dict(PICTURES),
             "seeds": self.seeds,
             "ours": {name: made_by(fields) for name, fields in OURS.items()},
+            "baselines": {name: dict(numbers) for name, numbers in ON_EMOJI.items()},
         }
 
     def methods_of(self, name: str) -> Path:
@@ -330,13 +331,15 @@ def plot(rows: Rows, path: Path) -> None:
 
 HEAD = """# The published benchmark
 
-By `python examples/benchmark.py`, of [benchmark.json](benchmark.json). Per cent, means over targets with 95 % intervals over
-them and, within each, training seeds (of few targets they are too narrow): our defaults are trained three times, and all else
-once. UA: the target gone; kept: object and style right where something else is asked for; IRA and CRA: the rest of its kind,
-and the other kind, right; at target: the other kind right where the target is asked for; near: its neighbours kept. Every
-method draws the same prompts from the same noise. These are a choice from the grid: neighbours are a quarter of what is to be
-kept where the target has any, and in CRA prompts for the target weigh more than the twentieth of an object or the sixth of a
-style that UnlearnCanvas gives them, a seventh to a ninth and a quarter to a third.
+By `python examples/benchmark.py`, of [benchmark.json](benchmark.json). Per cent, means over targets with 95 % intervals
+over them and, within each, training seeds (of few targets they are too narrow): our defaults are trained three times, and
+all else once. UA: the target gone; kept: object and style right where something else is asked for; IRA and CRA: the rest of
+its kind, and the other kind, right; at target: the other kind right where the target is asked for; near: its neighbours
+kept. Every method draws the same prompts from the same noise, of which the three controls draw 12 of the target and 36
+others, so that *null* may differ from *base* in the rates of a few targets though every picture is the same. These are a
+choice from the grid: neighbours are a quarter of what is to be kept where the target has any, and in CRA prompts for the
+target weigh more than the twentieth of an object or the sixth of a style that UnlearnCanvas gives them, a seventh to a
+ninth and a quarter to a third.
 
 Ours and UCE preserve what a list of everyday words names, most of the kept objects and styles among them; the authors' ESD and
 LECO preserve nothing, as ours in *nothing preserved*. The rates and steps of ESD and LECO were fitted to this base; the presets
@@ -356,9 +359,13 @@ Known = dict[str, Any]
 """What benchmark.json has: by target its setting and what it was compared with, and the rows of counts."""
 
 
+BESIDE = ("against", "gold")
+"""What may differ between targets that stand together."""
+
+
 def standing_with(known: Known, setting: Mapping[str, Any]) -> Known:
     """What of it was measured by this setting, so that it stands together."""
-    targets = {t: s for t, s in known["targets"].items() if s == {**setting, "against": s["against"]}}
+    targets = {t: s for t, s in known["targets"].items() if setting == {k: v for k, v in s.items() if k not in BESIDE}}
     return {"targets": targets, "rows": [r for r in known["rows"] if r["target"] in targets]}
 
 
@@ -398,7 +405,9 @@ def main() -> None:
     found: Known = json.loads(path.read_text()) if path.exists() else {"targets": {}, "rows": []}
     known = standing_with(found, bench.setting)
     if others := [t for t in found["targets"] if t not in known["targets"]]:
-        print(f"left out, for they were measured otherwise: {', '.join(others)}", flush=True)
+        parser.error(
+            f"--out: {path} has targets that were measured otherwise: {', '.join(others)}; choose another folder"
+        )
     for name in args.targets:
         done = known["targets"].get(name, {}).get("against", ())
         asked = {*args.against, *([GOLD] if gold and name in gold.lacks else [])}
@@ -408,7 +417,10 @@ def main() -> None:
         whole = not done or bench.methods_of(name).joinpath(f"{next(iter(OURS))}-0").exists()
         new = bench.run(name, [b for b in against if whole or b not in done], ours=whole)
         rows = joined(known["rows"], new)
-        known = {"targets": {**known["targets"], name: {**bench.setting, "against": against}}, "rows": rows}
+        made = {**known["targets"].get(name, {}), **bench.setting, "against": against}
+        if gold and GOLD in against and GOLD not in done:
+            made["gold"] = gold.base.fingerprint
+        known = {"targets": {**known["targets"], name: made}, "rows": rows}
         lines = ",\n".join(map(json.dumps, rows))
         write_file(path, f'{json.dumps({"targets": known["targets"]})[:-1]}, "rows": [\n{lines}\n]}}\n'.encode())
         print(f"{name}: done", flush=True)

@@ -245,12 +245,13 @@ FACTS: Sequence[tuple[str, Callable[[Measured], Told]]] = (
 
 HEAD = """# Does what is known of large models hold on the embedded base?
 
-By `python examples/facts.py`, of what is in this folder. The facts were written down before anything was measured, with their
-sources in the script; how they are decided was made stricter since. *More* and *fewer* mean that 95 % intervals lie apart, or
-for rates of the same targets (F1, F3, F8) that the interval of their differences lies on one side of 0. *Not shown*: they do
-not, or averages (F1, F3, F8) are of fewer than five targets. F2, F4, F5 and F7 are of the single concepts that are named, one
-attack each, with intervals over its pictures: they hold of these if each shows it. Of F4, SLD was trained through, without
-the momentum of earlier steps, and negative prompts were not.
+By `python examples/facts.py`, of what is in this folder. The facts were written down before anything was measured, with
+their sources in the script; how they are decided was made stricter since. *More* and *fewer* mean that 95 % intervals lie
+apart, or for rates of the same targets (F1, F3, F8) that the interval of their differences lies on one side of 0. *Not
+shown*: they do not, or averages (F1, F3, F8) are of fewer than five targets; figures of these are shares of all pictures
+together. F2, F4, F5 and F7 are of the single concepts that are named, one attack each, with intervals over its pictures:
+they hold of these if each shows it. Of F4, SLD was trained through, without the momentum of earlier steps, and negative
+prompts were not.
 """
 
 

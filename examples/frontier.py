@@ -4,10 +4,10 @@
 
 Concept inversion (Pham et al. 2024, arXiv:2308.01508), by `esd_lora.evaluate.attacks`: the attacker holds the erased model
 and 48 pictures of the concept, trains four soft words for 250 steps until that model denoises the pictures with them, and
-then draws four prompts from 16 seeds never used. The unerased base is the ceiling. What is attacked is one patch of the
-concept, or the first eight of `examples/stacking.py`, whose folder, patches and answers this script shares; its own are in
-`frontier.json`. It goes on where it stopped, prints a table and draws `frontier.png`. Intervals are of the 64 pictures: how
-far another attack would come, from another start, is not in them.
+then draws four of the prompts that these had, from 16 seeds never used. The unerased base is the ceiling. What is attacked
+is one patch of the concept, or the first eight of `examples/stacking.py`, whose folder, patches and answers this script
+shares; its own are in `frontier.json`. It goes on where it stopped, prints a table and draws `frontier.png`. Intervals are
+of the 64 pictures: how far another attack would come, from another start, is not in them.
 """
 
 from __future__ import annotations

@@ -61,6 +61,9 @@ FAR: Mapping[str, Any] = {"keys": "closed-form", "eta": 2.0}
 RANDOM: Mapping[str, Any] = {"init": "random", "lr": 3e-3, "eta": 2.0, "preserve_weight": 2.0}
 """The defaults of the time when these were measured, where today's differ."""
 
+DIRECTIONS: Mapping[str, Any] = {"init": "differences", "lr": 5e-3, "eta": 1.5, "preserve_weight": 4.0}
+"""Today's."""
+
 KINDS: Mapping[str, dict[str, Any]] = {
     "keyed": {"keys": "closed-form"},
     "keyed, eta 0": {**FAR, "eta": 0.0},
@@ -76,6 +79,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "uce": {"objective": "closed-form", "eta": 0.0},
     "learned": {**RANDOM, "preserve_weight": 0.0},
     "preserved": {**RANDOM},
+    "preserved, from directions": {**DIRECTIONS},
     "preserved more": {**RANDOM, "preserve_weight": 5.0, "steps": 120},
     "robust": {**RANDOM, "robust": 2},
     "full": {**RANDOM, "layers": "full"},

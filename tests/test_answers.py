@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import same, weights_of
 from PIL import Image
@@ -449,6 +450,10 @@ def test_a_name_follows_from_all_that_decides_what_is_in_a_picture(base: Base, p
     assert name() != plain
     base.fingerprint = "0" * 64
     assert name() not in names
+    plain = name()
+    with torch.no_grad():
+        base.pipe.vae.decoder.conv_out.bias.add_(1)  # of the same base with another autoencoder
+    assert picture_names(base.around(base.denoiser, fingerprint="0" * 64), ASKS[:1]) != [plain]
 
 
 def test_a_picture_that_cannot_be_read_is_named(base: Base, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Call, RecipeOf, Result
 from PIL import Image
 from test_processes import launch
@@ -557,6 +558,19 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert call(*shlex.split(again)[1:]).code == 0
     call(*command, "--out", "whole")
     assert Path("run", FILE_NAME).read_bytes() == Path("whole", FILE_NAME).read_bytes()
+
+
+def test_a_device_that_is_out_of_memory_is_a_failure_in_one_line(
+    call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("esd_lora.pictures.generate", full)
+    told = call("generate", "--base", tiny_folder, "--prompt", "a cat", "--out", "pictures", "--quiet")
+    hint = "try a smaller --batch-size or --resolution, or --dtype bf16"
+    assert (told.code, told.out, told.err) == (1, "", f"error: the device is out of memory: {hint}\n")
+    assert not Path("pictures").exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")

@@ -18,12 +18,12 @@ import yaml
 from conftest import Call, same, weights_of
 from PIL import Image
 from test_processes import launch
-from tiny import checked_by
+from tiny import checked_by, tiny_sd3
 
-from esd_lora.bases import Base, load_base
+from esd_lora.bases import Base, base_of, load_base
 from esd_lora.compose import attach
 from esd_lora.emoji.vocabulary import STYLES, prompt
-from esd_lora.errors import PatchError, RecipeError
+from esd_lora.errors import BaseModelError, PatchError, RecipeError
 from esd_lora.evaluate import comparing as module
 from esd_lora.evaluate import ways
 from esd_lora.evaluate.answers import Answers, Ask, Target, emoji_answers
@@ -44,7 +44,7 @@ from esd_lora.evaluate.page import Method, Row, make_report, points_of, write_pa
 from esd_lora.evaluate.ways import BASELINES, Subject, baseline_way
 from esd_lora.folder import locked
 from esd_lora.patch import Patch
-from esd_lora.pictures import Pictures
+from esd_lora.pictures import Pictures, generate
 from esd_lora.recipe import Concept, Recipe
 from esd_lora.training import train
 
@@ -266,6 +266,53 @@ def test_a_page_shows_each_way_at_its_default_without_controls(subject: Subject,
     assert [(p.method, p.strength) for p in shown_places(found)] == [("cat", 0.9), ("SLD", 2.0)]
 
 
+def test_a_patch_in_the_folder_that_one_is_in_has_its_name(
+    subject: Subject, patch: Patch, patch_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(patch_folder)
+    assert ways_of(subject, {".": patch})[0].method.name == patch_folder.name
+
+
+def test_what_a_base_does_not_allow_is_told_before_anything_is_drawn_or_trained(tmp_path: Path) -> None:
+    subject = Subject(base_of(tiny_sd3()), Concept(erase="cat"), CAT, tmp_path, load=lambda: pytest.fail("loaded"))
+    for name in ("sld", "negative-prompt", "separate-negative"):
+        with pytest.raises(BaseModelError, match="has no UNet, which this baseline acts on"):
+            baseline_way(name, subject)
+
+
+def test_pictures_that_a_prompt_asks_to_be_explicit_are_blurred_whatever_is_seen_in_them(
+    comparison: Comparison, subject: Subject, patch: Patch
+) -> None:
+    asks = (*ASKS[:4], Ask("a naked fox", 1, {"object": "fox"}, "unrelated"), *ASKS[-4:])
+    found = replace(comparison, answers=Answers(asks, CAT), gaps=False)
+    report = compare(found, ways_of(subject, {"runs/cat": patch}), title="A cat", command="")
+    assert {r["prompt"] for r in report["rows"] if r.get("nsfw")} == {"a naked fox"}
+    nudity = replace(found, target=Target(kind="object", label="nudity"), evaluator=Nude())
+    report = compare(nudity, ways_of(subject, {"runs/cat": patch}), title="Nudity", command="")
+    assert all(r.get("nsfw", False) == (r["group"] == "target" or "naked" in r["prompt"]) for r in report["rows"])
+
+
+class Nude(Brightness):
+    """Sees nudity nowhere."""
+
+    kinds: Mapping[str, tuple[str, ...]] = {"object": ("nudity", "cat", "dog", "fox")}
+
+
+def test_as_many_pictures_are_drawn_at_a_time_as_are_asked_for(
+    comparison: Comparison, subject: Subject, patch: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: set[int] = set()
+
+    def counting(base: Base, prompts: Sequence[str], *arguments: Any, **how: Any) -> Pictures:
+        sizes.add(len(prompts))
+        return generate(base, prompts, *arguments, **how)
+
+    monkeypatch.setattr("esd_lora.evaluate.answers.generate", counting)
+    found = ways_of(subject, {"runs/cat": patch})
+    compare(replace(comparison, gaps=False, batch_size=3), found, title="A cat", command="")
+    assert max(sizes) == 3
+
+
 def test_what_cannot_be_compared_is_one_line(subject: Subject, base: Base, patch: Patch, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^--against sdl: unknown; there are sld, negative-prompt, "):
         baseline_way("sdl", subject)
@@ -482,7 +529,7 @@ def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, ca
         (
             ["--against", "sld"],
             "--answers, --target, --evaluator, --clip-score, --against, --gold, --weight, --steps, --guidance-scale, "
-            "--resolution, --revision and bases other than emoji need --out, for a report",
+            "--resolution, --batch-size, --revision and bases other than emoji need --out, for a report",
         ),
         (["--evaluator", "nonsense"], "--answers, --target, "),
         (["--steps", "3"], "--answers, --target, "),

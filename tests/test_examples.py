@@ -293,7 +293,7 @@ def test_the_page_of_attacks_has_every_patch_that_was_attacked(
     assert (tmp_path / "attacks.png").stat().st_size
     page = (tmp_path / "attacks.md").read_text()
     assert [line for line in page.splitlines() if line.startswith("## ")] == ["## cat-keyed"]
-    row = "| inversion | 60.0 [31, 83] of 10 | 20.0 [6, 51] | random words | 40.0 [-2, 67] |  | 100.0 [72, 100] | 10 | 1 |"
+    row = "| inversion | 60.0 [31, 83] of 10 | 20.0 [6, 51] | random words | 40.0 [-2, 67] | 100.0 [72, 100] | 10 | 1 |"
     assert row in page.splitlines()
 
 
@@ -395,6 +395,11 @@ def test_the_benchmark_goes_back_to_a_target_for_the_methods_that_it_lacks(
     (tmp_path / "cat" / "methods" / "esd_lora-0").mkdir(parents=True)  # all that was drawn is there
     benchmarked("filter")
     assert asked == [("cat", ["sld", "filter", "uce"], True), ("dog", ["filter"], False)]
+    before = (tmp_path / "benchmark.json").read_text()
+    monkeypatch.setattr(benchmark.Bench, "setting", {"ours": {"esd_lora": benchmark.made_by({"eta": 9.0})}})
+    with pytest.raises(SystemExit, match="2"):  # what was measured otherwise is not written over
+        benchmarked("esd-x")
+    assert (tmp_path / "benchmark.json").read_text() == before
 
 
 def counts(method: str, kind: str, strength: float, **found: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -210,9 +211,17 @@ class Base(ABC):
     @property
     def text_fingerprint(self) -> str:
         """SHA-256 over the weights of the text encoders, rounded to float16, in hexadecimal."""
+        return self._fingerprint_of_parts("text_encoder")
+
+    @cached_property
+    def parts_fingerprint(self) -> str:
+        """The same of text encoders and autoencoder: what draws beside the denoiser."""
+        return self._fingerprint_of_parts("text_encoder", "vae")
+
+    def _fingerprint_of_parts(self, *names: str) -> str:
         digest = hashlib.sha256()
         for name, part in sorted(self.pipe.components.items()):
-            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+            if name.startswith(names) and isinstance(part, nn.Module):
                 for weight in part.parameters():
                     digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
         return digest.hexdigest()

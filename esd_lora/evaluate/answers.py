@@ -502,12 +502,13 @@ def picture_names(
 ) -> list[str]:
     """The file name of each picture of `draw_answers`.
 
-    It follows from the base's fingerprint, precision and scheduler, the patches' digests and weights, prompt, seed,
+    It follows from the base's fingerprints, precision and scheduler, the patches' digests and weights, prompt, seed,
     guidance, resolution and steps.
     """
     weights = [1.0] * len(patches) if weights is None else weights
     added = [[patch.digest, float(weight)] for patch, weight in zip(patches, weights, strict=True)]
-    shared = [base.fingerprint, str(base.dtype), base.pipe.scheduler.to_json_string(), added, steps]
+    parts = [base.fingerprint, base.parts_fingerprint, str(base.dtype), base.pipe.scheduler.to_json_string()]
+    shared = [*parts, added, steps]
 
     def name(ask: Ask) -> str:
         g = guidance_scale if ask.guidance_scale is None else ask.guidance_scale

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -68,6 +69,10 @@ BARE = Method(name="base", role="base", about="the unchanged model", knob="")
 
 NSFW = {("nudity", "nude"), ("nsfw", "nsfw")}
 """What evaluators see in pictures that a page blurs."""
+EXPLICIT = re.compile(
+    r"\b(nude|nudity|naked|nsfw|porn\w*|sexual\w*|topless|erotic\w*|genital\w*|hentai)\b", re.IGNORECASE
+)
+"""What prompts say of such pictures, whatever an evaluator sees in them."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Comparison:
     evaluator: Judges all pictures; it has the target's kind.
     folder: Of the report and its pictures.
     sampling: How all pictures are drawn.
+    batch_size: Pictures drawn at a time.
     gaps: Whether the denoise gap of patches is measured, which takes 1,920 passes for each.
     clip: Scores how well pictures that do not ask for the target fit their prompts; None does without.
     """
@@ -99,6 +105,7 @@ class Comparison:
     evaluator: Evaluator
     folder: Path
     sampling: Sampling = Sampling()
+    batch_size: int = 32
     gaps: bool = True
     clip: Clip | None = None
 
@@ -141,6 +148,7 @@ def evaluate_patches(
     target_seeds: int | None = None,
     kept_seeds: int = 2,
     sampling: Sampling = Sampling(),
+    batch_size: int = 32,
     command: str,
     on_step: Callable[[str, int, int], None] | None = None,
     **how: Any,
@@ -163,6 +171,7 @@ def evaluate_patches(
         weights: At which the patches are drawn.
         target_seeds, kept_seeds: See `emoji_answers`.
         sampling: How pictures are drawn.
+        batch_size: How many at a time.
         command: Which makes the report again.
         on_step: Called with what is done, how much of it, and the whole.
         **how: Revision, device and dtype of the base, as `load_base` takes them; the evaluator works on the same device.
@@ -196,7 +205,7 @@ def evaluate_patches(
     with shared(folder):
         ways = ways_of(subject, patches, weights=weights, against=against, gold=known)
         report = compare(
-            Comparison(model, asked, target, judge, folder, sampling, clip=scorer),
+            Comparison(model, asked, target, judge, folder, sampling, batch_size, clip=scorer),
             ways,
             title=f"{concept.erase}, erased from {base}",
             command=command,
@@ -308,10 +317,10 @@ def ways_of(
         PatchError: A patch does not fit the base, or a weight is not a number.
         BaseModelError: A baseline is not made for a base of this family.
     """
-    short = {Path(where).name for where in patches}
+    short = {where: (Path(where).resolve() if Path(where).exists() else Path(where)).name for where in patches}
     ways = []
     for where, patch in patches.items():
-        name = Path(where).name if len(short) == len(patches) else where
+        name = short[where] if len({*short.values()}) == len(patches) else where
         seconds = read_cost(Path(where))["seconds"]["total"] if (Path(where) / COST).is_file() else None
         ways.append(patch_way(subject.base, name, patch, strengths=weights, seconds=seconds))
     ways += [baseline_way(name, subject) for name in dict.fromkeys(against)]
@@ -437,7 +446,8 @@ def _drawn(comparison: Comparison, way: Way, strength: float, asks: Sequence[Ask
     with way.at(strength) as setting:
         added = {"patches": setting.patches, "weights": setting.weights}
         how: dict[str, Any] = {**vars(comparison.sampling), **added}
-        pictures = draw_answers(setting.base, asks, comparison.folder / place, **how)
+        at_a_time = comparison.batch_size
+        pictures = draw_answers(setting.base, asks, comparison.folder / place, batch_size=at_a_time, **how)
         paths = [(place / name).as_posix() for name in picture_names(setting.base, asks, **how)]
     shown = way.passes(strength, pictures) if way.passes else [True] * len(pictures)
     for i, picture in enumerate(pictures):
@@ -473,11 +483,16 @@ def _rows(
                 wanted=wanted,
                 seen={kind: seen[kind] for kind in {comparison.target.kind: None, **wanted}},
                 picture=drawn.paths[i],
-                nsfw=not NSFW.isdisjoint(seen.items()),
+                nsfw=not NSFW.isdisjoint(seen.items()) or bool(EXPLICIT.search(_asked(comparison.target, ask))),
                 drift=round(moved[i], 6),
             )
         )
     return rows
+
+
+def _asked(target: Target, ask: Ask) -> str:
+    """What a picture may show by its prompt, and by what it is that was erased where it asks for that."""
+    return f"{ask.prompt} {target.kind} {target.label}" if ask.group == "target" else ask.prompt
 
 
 # ---- how far pictures moved ----------------------------------------------------------------------------------------
@@ -488,8 +503,9 @@ def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers
     base, folder = comparison.base, comparison.folder / "pictures"
     asks = some_of([a for a in comparison.answers.asks if a.group != "target"], RULED)
     how: dict[str, Any] = vars(comparison.sampling)
-    again = draw_answers(base, asks, folder / "again", batch_size=5, **how)
-    other = draw_answers(base, [replace(a, seed=a.seed ^ OTHER) for a in asks], folder, **how)
+    whole, less = comparison.batch_size, max(1, comparison.batch_size // 6)
+    again = draw_answers(base, asks, folder / "again", batch_size=less, **how)
+    other = draw_answers(base, [replace(a, seed=a.seed ^ OTHER) for a in asks], folder, batch_size=whole, **how)
     moved = (comparison.moved([before[a] for a in asks], pictures) for pictures in (again, other))
     floor, ceiling = (drifts.mean().item() for drifts in moved)
     if ceiling <= floor:

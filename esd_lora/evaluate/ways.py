@@ -103,7 +103,7 @@ class Subject:
 
     def place(self, name: str) -> Path:
         """The folder of what a way trains: it follows from the base, the concept and the way."""
-        asked = f"{self.base.fingerprint}\n{self.concept.model_dump_json(by_alias=True)}\n{name}"
+        asked = f"{self.base.fingerprint}\n{self.base.parts_fingerprint}\n{self.concept.model_dump_json(by_alias=True)}\n{name}"
         return self.folder / f"{name.split()[0]}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 
 
@@ -204,6 +204,8 @@ def _guidance(
         with inside(base, words, strength):
             yield Setting(base)
 
+    with at(default):
+        pass  # what the base does not allow is told before anything is drawn or trained
     return Way(method, strengths, at, default, beside=f"{name} {words}")
 
 
@@ -225,7 +227,7 @@ _negative_prompt = partial(
     knob="strength",
     passes_per_step=2,
     inside=lambda base, words, w: negative_prompt(base, words, strength=w),
-    strengths=(0.5, 1.0, 2.0),
+    strengths=(0.5, 1.0, 2.0, 4.0),
     default=1.0,
 )
 _separate_negative = partial(
@@ -235,7 +237,7 @@ _separate_negative = partial(
     knob="scale",
     passes_per_step=3,
     inside=lambda base, words, scale: separate_negative(base, words, scale=scale),
-    strengths=(2.5, 5.0, 7.5),
+    strengths=(2.5, 5.0, 7.5, 10.0),
     default=5.0,
 )
 
