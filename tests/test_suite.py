@@ -443,14 +443,17 @@ def test_a_folder_that_another_run_writes_to_is_refused(base: Base, patch: Patch
         run_suite(erasure(base, patch), ["scaling"], out=tmp_path / "found")
 
 
-def test_another_erasure_does_not_go_on(base: Base, patch: Patch, tmp_path: Path) -> None:
-    out = tmp_path / "found"
+def test_another_erasure_does_not_go_on(base: Base, patch: Patch, tiny_folder: Path, tmp_path: Path) -> None:
+    out, same_denoiser = tmp_path / "found", load_base(str(tiny_folder), device="cpu")
+    with torch.no_grad():
+        same_denoiser.pipe.vae.decoder.conv_out.bias.add_(1)
     run_suite(erasure(base, patch), ["scaling"], out=out)
     text = (out / ATTACKS).read_bytes()
     one = erasure(base, patch)
     for other, told in (
         (erasure(base, random_like(patch, 0)), "patches"),
         (replace(one, weights=[0.5]), "patches"),
+        (replace(one, base=same_denoiser), "parts"),
         (replace(one, budget=replace(SMALL, pictures=4)), "pictures"),
         (replace(one, evaluator=Known([])), None),
         (replace(one, names=["cat"]), "names"),

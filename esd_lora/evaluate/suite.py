@@ -850,7 +850,9 @@ def _begun(erasure: Erasure, out: Path | None) -> Evidence:
         {**e.model_dump(exclude={"attacks", "left_out", "settings"}), **e.settings}  # flat, for it is compared
         for e in (new, old)
     )
-    comes_now = {"gold"} if then.get("gold") is None else set()  # as one more control of what was made without
+    comes_now = now.keys() - then.keys()  # what was not told yet when that was made
+    if then.get("gold") is None:
+        comes_now.add("gold")  # as one more control of what was made without
     if changed := [key for key, value in now.items() if then.get(key) != value and key not in comes_now]:
         raise OutputError(f"{out}: has attacks that were made with other {', '.join(changed)}; choose another --out")
     return old.model_copy(update={"settings": new.settings})
@@ -867,6 +869,7 @@ def _without_attacks(erasure: Erasure) -> Evidence:
         patches=[Used(digest=patch.digest, weight=weight, erases=patch.erases) for patch, weight in pairs],
         settings={
             "fingerprint": base.fingerprint,
+            "parts": base.parts_fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
             "scheduler": type(base.pipe.scheduler).__name__,
             "gold": erasure.gold.fingerprint if erasure.gold else None,
