@@ -72,8 +72,8 @@ def make_card(patch: Patch, folder: Path | None = None, *, repo: str | None = No
     Raises:
         PatchError: The patch's scores, or the list of its pictures, are not what this package writes.
     """
+    patch = Patch(patch.tensors, for_others(patch.info))
     base = str(patch.info.get("base", {}).get("name") or "an unknown base")
-    shown = base if is_hub_id(patch) else Path(base).name
     pairs, scores = pairs_of(folder) if folder else [], scores_of(patch)
     parts = patch.info.get("stack", [])
     code, note = _loading(patch, base, repo)
@@ -82,7 +82,8 @@ def make_card(patch: Patch, folder: Path | None = None, *, repo: str | None = No
         _data(patch, base, name=repo or (folder.name if folder else "patch"), pairs=pairs, scores=scores),
         template_path=str(TEMPLATE),
         erases=patch.erases,
-        base=shown,
+        base=base,
+        exports=patch.prefix == "unet",
         base_note=note,
         code=code,
         reference=repo or ".",
@@ -96,7 +97,7 @@ def make_card(patch: Patch, folder: Path | None = None, *, repo: str | None = No
         parts=[{"erases": Patch({}, p).erases, **p} for p in parts],
         recipes=[recipe_text(r) for r in recipes],
         digest=patch.digest,
-        licence=_licence(base, shown),
+        licence=_licence(base),
     )
     return f"{content}\n"
 
@@ -109,10 +110,21 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
         return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
 
 
-def is_hub_id(patch: Patch) -> bool:
-    """Whether the base's name is a Hub id: one that is known, or one that a commit was recorded of."""
-    base = patch.info.get("base", {})
+def is_hub_id(base: Mapping[str, Any]) -> bool:
+    """Whether the name of a base in a header is a Hub id: one that is known, or one that a commit was recorded of."""
     return base.get("name") != "emoji" and (base.get("name") in LICENCES or bool(base.get("revision")))
+
+
+def for_others(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a header tells, but for where things are on this machine: of a base that is no Hub id its last name alone."""
+    told, base, recipe = dict(info), info.get("base", {}), info.get("recipe", {})
+    if base.get("name") != "emoji" and not is_hub_id(base):
+        for name, place, key in (("base", base, "name"), ("recipe", recipe, "base")):
+            if key in place:
+                told[name] = {**place, key: Path(str(place[key])).name}
+    if "stack" in info:
+        told["stack"] = [for_others(part) for part in info["stack"]]
+    return told
 
 
 def scores_of(patch: Patch) -> list[Scores | AttributeScores]:
@@ -128,8 +140,8 @@ def scores_of(patch: Patch) -> list[Scores | AttributeScores]:
         raise PatchError(wrong) from error
     for label, r in (item for s in scores for item in rates_of(s).items()):
         ends = wilson(r.value, r.n) if r.n >= 1 and 0 <= r.value <= 1 else ()
-        if not ends or max(abs(r.low - ends[0]), abs(r.high - ends[1])) > 1e-6:
-            raise PatchError(f"{wrong}: {label}: its interval is not that of such a share of {r.n} pictures")
+        if not ends or max(abs(r.low - ends[0]), abs(r.high - ends[1])) > 1e-6 or not 0 <= (r.base or 0) <= 1:
+            raise PatchError(f"{wrong}: {label}: no such share of {r.n} pictures has this interval, or base")
     return scores
 
 
@@ -205,12 +217,12 @@ def _data(
 ) -> ModelCardData:
     """The card's metadata."""
     more: dict[str, Any] = {}
-    if is_hub_id(patch):
+    if is_hub_id(patch.info.get("base", {})):
         more |= {"base_model": base, "base_model_relation": "adapter"}
     licence = LICENCES.get(base, "other")
     if licence == "other":
         more |= {"license_name": "as-the-base"}
-    if licence == "other" and is_hub_id(patch):
+    if licence == "other" and is_hub_id(patch.info.get("base", {})):
         more |= {"license_link": f"{constants.ENDPOINT}/{base}"}
     if pairs:
         sides = [(p, text, url) for p in pairs for text, url in (("without the patch: ", p.before), ("", p.after))]
@@ -246,39 +258,48 @@ def results_of(scores: Scores | AttributeScores) -> list[EvalResult]:
 
 def _table(scores: Scores | AttributeScores) -> dict[str, Any]:
     """The rates of one concept as the template shows them."""
-    rows = [
-        {
-            "label": label,
-            "value": f"{100 * rate.value:.1f}",
-            "interval": f"{100 * rate.low:.1f} to {100 * rate.high:.1f}",
-            "n": rate.n,
-            "base": "" if rate.base is None else f"{100 * rate.base:.1f}",
-        }
-        for label, rate in rates_of(scores).items()
-    ]
-    return {"target": target_of(scores), "evaluator": scores.evaluator, "rows": rows}
+    return {"target": target_of(scores), "evaluator": scores.evaluator, "rows": rows_of(scores)}
+
+
+def rows_of(scores: Scores | AttributeScores) -> list[str]:
+    """The rows of the card's table for one concept, in Markdown: a rate, its interval, n, and the base's own."""
+    rows = []
+    for label, rate in rates_of(scores).items():
+        value, low, high = (f"{100 * x:.1f}" for x in (rate.value, rate.low, rate.high))
+        base = "" if rate.base is None else f"{100 * rate.base:.1f}"
+        rows.append(f"| {label} | {value} | {low} to {high} | {rate.n} | {base} |")
+    return rows
 
 
 def _loading(patch: Patch, base: str, repo: str | None) -> tuple[str, str]:
     """The code that loads base and patch in plain diffusers, and what has to be said of getting the base."""
     prompt = next((c["from"] or c["erase"] for c in patch.concepts), "a photo")
-    lines, source, note = ["from diffusers import DiffusionPipeline"], _literal(base), ""
+    kind, load, source, note = "DiffusionPipeline", "from_pretrained", _literal(base), ""
     if base == "emoji":
-        lines.insert(0, "from importlib.resources import files")
         source = 'files("esd_lora") / "emoji" / "base"'
         note = "The base, `emoji`, is a small text-to-image model that comes inside the Python package `esd_lora`."
-    elif not is_hub_id(patch):
-        source = _literal(Path(base).name)
-        note = (
-            f"The base, `{Path(base).name}`, is a folder or file that its maker has; give the place where you have it."
-        )
-    lines += [
+    elif not is_hub_id(patch.info.get("base", {})):
+        note = f"The base, `{base}`, is a folder or file that its maker has; give the place where you have it."
+        if base.endswith(".safetensors"):
+            kind, load = _single_file_pipeline(patch), "from_single_file"
+    lines = [
+        *(["from importlib.resources import files"] if base == "emoji" else []),
+        f"from diffusers import {kind}",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({source})",
+        f"pipe = {kind}.{load}({source})",
         f'pipe.load_lora_weights({_literal(repo or ".")}, weight_name="{FILE_NAME}")',
         f'pipe({_literal(prompt)}).images[0].save("picture.png")',
     ]
     return "\n".join(lines), note
+
+
+def _single_file_pipeline(patch: Patch) -> str:
+    """The class that loads a single file of the patch's base, which its layers tell by how many blocks there are in a row."""
+    shallow, deep, block = {
+        "unet": ("StableDiffusionPipeline", "StableDiffusionXLPipeline", 1),
+        "transformer": ("FluxPipeline", "StableDiffusion3Pipeline", 19),
+    }[patch.prefix]
+    return deep if any(f".transformer_blocks.{block}." in name for name in patch.ranks) else shallow
 
 
 def _literal(text: str) -> str:
@@ -286,8 +307,8 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _licence(base: str, shown: str) -> str:
+def _licence(base: str) -> str:
     """What is said of the licence."""
     if base in LICENCES:
-        return f"A patch is a change of its base and follows its licence: {shown} is under `{LICENCES[base]}`."
-    return f"A patch is a change of its base and follows its licence, which is that of {shown}."
+        return f"A patch is a change of its base and follows its licence: {base} is under `{LICENCES[base]}`."
+    return f"A patch is a change of its base and follows its licence, which is that of {base}."

@@ -171,22 +171,37 @@ def _train(recipe: Recipe, base: Base, folder: Path, *, resume: bool, quiet: boo
     """The facts of a patch, trained into a folder with a curve and a grid; what is there already is not drawn again."""
     from esd_lora import processes
     from esd_lora.report import draw_loss, draw_run
-    from esd_lora.training import read_cost, train
+    from esd_lora.training import COST, read_cost, train
 
     with _progress(f"train {folder.name}", recipe.steps, quiet=quiet) as step:
 
         def sample(n: int) -> None:
-            draw_run(base, recipe, folder / f"sample-{n:05d}.png")
+            with _where_there_is_room():
+                draw_run(base, recipe, folder / f"sample-{n:05d}.png")
 
         how: dict[str, Any] = {"on_step": step, "on_sample": sample, "on_stage": _by_stage(step)}
         patch = train(recipe, base, out=folder, resume=resume, **how)
     if processes.is_main() and not (folder / "grid.png").exists():
         if recipe.objective != "closed-form":
             draw_loss(folder)
-        draw_run(base, recipe, folder / "grid.png", patch=patch)
+        with _where_there_is_room():
+            draw_run(base, recipe, folder / "grid.png", patch=patch)
     if not quiet and stderr.is_terminal:
         stderr.print(f"next: {next_command(recipe, folder)}", style="dim", markup=False, soft_wrap=True)
-    return {**_facts(patch), **read_cost(folder)}
+    told = processes.is_main() and (folder / COST).is_file()  # elsewhere there may be no such folder
+    return {**_facts(patch), **(read_cost(folder) if told else {})}
+
+
+@contextmanager
+def _where_there_is_room() -> Iterator[None]:
+    """Pictures that are left out, with a warning, where the device has no memory for all parts of the pipeline at once."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        told = "left out a picture, for which the device has too little memory; the training is none the worse"
+        warnings.warn(told, stacklevel=1)
 
 
 def next_command(recipe: Recipe, folder: Path) -> str:
@@ -252,7 +267,9 @@ def show(patch: Reference, as_json: Json = False) -> None:
     from esd_lora.patch import read_outline
 
     outline = read_outline(_place(patch))
-    _print({"patch": patch, **_facts(outline), **(outline.info if as_json else {})}, as_json=as_json)
+    facts = _facts(outline)
+    told = {k: v for k, v in outline.info.items() if k == "base" or k not in facts} if as_json else {}
+    _print({"patch": patch, **facts, **told}, as_json=as_json)  # what is counted wins over what a header claims
 
 
 @app.command()
@@ -963,7 +980,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         elif isinstance(value, (list, tuple)):
-            plain = [v.get("file", str(v)) if isinstance(v, Mapping) else str(v) for v in value]
+            plain = [str(v.get("file", v) if isinstance(v, Mapping) else v) for v in value]
             if plain:
                 yield prefix + name, ", ".join(plain)
         elif value is not None:

@@ -29,7 +29,9 @@ PROBES = 16
 
 
 @torch.no_grad()
-def aim(base: Base, conditions: Condition, bank: Bank, *, batch_size: int, name: str = "patch") -> dict[str, Tensor]:
+def aim(
+    base: Base, conditions: Condition, bank: Bank, *, wordless: Condition, batch_size: int, name: str = "patch"
+) -> dict[str, Tensor]:
     """The lora_A of every layer that trains one, as `Base.load_adapter_state` takes them: (r, d) float32 on the CPU.
 
         lora_A = √128 / r · V_r,    V_r the r strongest right singular vectors of the rows h(x_t, s) − h(x_t, ∅)
@@ -39,8 +41,9 @@ def aim(base: Base, conditions: Condition, bank: Bank, *, batch_size: int, name:
 
     Args:
         base: With untrained adapters.
-        conditions: The encoded prompts; row 0 is the empty one.
+        conditions: The encoded prompts.
         bank: Of what is to be erased.
+        wordless: ∅, as the encoders read it: one prompt. From zeros, which SDXL has for it, a prompt differs by what all have.
         batch_size: Examples at a time.
         name: Of the adapters.
     """
@@ -48,7 +51,7 @@ def aim(base: Base, conditions: Condition, bank: Bank, *, batch_size: int, name:
     with _sketches(base, name) as sketches, base.teacher():
         for some in torch.split(rows, batch_size):
             s = bank.s[some]
-            asked = conditions[torch.cat([s, torch.zeros_like(s)])]
+            asked = Condition.cat([conditions[s], wordless.expand(len(s))])
             base.predict(bank.x[some].repeat(2, 1, 1, 1).to(base.dtype), bank.t[some].repeat(2), asked)
     modules = dict(base.denoiser.named_modules())
     return {

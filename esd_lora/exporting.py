@@ -26,8 +26,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from esd_lora.bases import FAMILIES
+from esd_lora.bases import FAMILIES, index_path
 from esd_lora.bases.facts import facts_of, on_meta
+from esd_lora.card import LICENCES, for_others
 from esd_lora.errors import BaseModelError, PatchError
 from esd_lora.patch import Patch, encode, patch_of, read_info, write_file
 from esd_lora.recipe import make_recipe
@@ -36,7 +37,7 @@ from esd_lora.tensorfile import Entry, TensorFile, parse_json
 Program = Literal["kohya", "comfyui", "a1111"]
 
 NEXT: Mapping[Program, str] = {
-    "kohya": "give it to sd-scripts as --network_weights",
+    "kohya": "give it to sd-scripts as --network_weights, to train on with --dim_from_weights",
     "comfyui": "put it into ComfyUI's models/loras, and load it with a strength of 1",
     "a1111": "put it into A1111's models/Lora, and write <lora:{name}:1> into the prompt",
 }
@@ -89,7 +90,7 @@ def export(patch: Patch, file: Path) -> Path:
     rank = max(patch.ranks.values())
     header = {
         "format": "pt",
-        "esd_lora": json.dumps(dict(patch.info), sort_keys=True),
+        "esd_lora": json.dumps(for_others(patch.info), sort_keys=True),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
@@ -126,6 +127,15 @@ def layers_of(base: str, revision: str | None = None) -> dict[str, tuple[int, in
     prefix = FAMILIES[facts.pipeline].prefix
     layers = {f"{prefix}.{n}": m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
     return {n: (m.out_features, m.in_features) for n, m in layers.items()}
+
+
+def _commit_of(base: str, revision: str | None) -> str | None:
+    """The commit that the revision of a Hub id means today, where that can be had; by it a card knows that it is one."""
+    if base != "emoji" and base not in LICENCES and not Path(base).exists():
+        with suppress(BaseModelError):
+            path = index_path(base, base, revision)
+            return path.parent.name if path.parent.parent.name == "snapshots" else revision
+    return revision
 
 
 _ATTENTION = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.(.+)")
@@ -197,7 +207,7 @@ def import_lora(
         tensors[f"{layer}.lora_B.weight"] = up if scale == 1 else up.float() * scale
     info = read_info(file, store.metadata.get("esd_lora", "{}"))
     if not info.get("base"):
-        info |= {"base": {"name": base, "revision": revision}, "imported": file.name}
+        info |= {"base": {"name": base, "revision": _commit_of(base, revision)}, "imported": file.name}
     if erase:
         if "stack" in info:
             raise PatchError(f"{file}: a stack, which tells what each of its parts erases; leave --erase out")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ OURS = (
     "scores.json",
     "grid.png",
     "loss.png",
-    "images/*.png",
+    "images/*.png",  # and none in folders below
     "images/pairs.json",
 )
 """What a patch's repository has of us; a push replaces these, and a pull brings no others."""
@@ -40,6 +40,9 @@ REFERENCE = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+)
 ATTEMPTS = 4
 """How often a commit is tried; all other requests are repeated by the hub's own client."""
 BUSY = (429, 500, 502, 503, 504)
+"""Answers after which a request is repeated, by their status."""
+UNTOUCHED = (429, 503)
+"""Those of them by which it was not even begun."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,10 @@ def files_of(place: str | Path, *, repo: str) -> dict[str, bytes]:
     Raises:
         PatchError: It is broken, or its list of pictures is.
     """
-    from esd_lora.card import make_card, pairs_of, recipe_text
+    from esd_lora.card import for_others, make_card, pairs_of, recipe_text
 
     patch, place = load_patch(place), Path(place)
+    patch = Patch(patch.tensors, for_others(patch.info))
     folder = place if place.is_dir() else None
     files = {FILE_NAME: patch.to_bytes(), "README.md": make_card(patch, folder, repo=repo).encode()}
     if recipe := patch.info.get("recipe"):
@@ -194,10 +198,8 @@ def push(
             api.create_branch(repo, branch=revision, exist_ok=True)
         head = api.model_info(repo, revision=revision)
         there = [s.rfilename for s in head.siblings or []]
-        if FILE_NAME not in there and any(n not in (".gitattributes", "README.md") for n in there):
-            raise RepositoryError(
-                f"{repo}: holds something else than a patch, such as {there[-1]}; choose another name"
-            )
+        if other := _holds_else(api, repo, there, head.sha):
+            raise RepositoryError(f"{repo}: holds something else than a patch, such as {other}; choose another name")
 
         def commit() -> Any:
             adds = [CommitOperationAdd(name, data) for name, data in files.items()]
@@ -206,7 +208,9 @@ def push(
             how = {"revision": revision, "create_pr": create_pr, "parent_commit": parent}
             return api.create_commit(repo, [*adds, *gone], commit_message=message, **how)
 
-        made = _patiently(commit)
+        # what may have arrived though the answer is lost is sent again only where that changes nothing
+        again = any(_ours(name) and name not in files for name in there) or create_pr
+        made = _patiently(commit, UNTOUCHED if again else BUSY)
     changed = made.oid != head.sha
     where = None if collection is None else _collect(api, repo, collection, private=private)
     return Pushed(f"{api.endpoint}/{repo}", made.oid, changed, made.pr_url, where)
@@ -214,16 +218,30 @@ def push(
 
 def _ours(name: str) -> bool:
     """Whether a file of a repository is one that a push makes."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in OURS)
+    return any(fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in OURS)
 
 
-def _patiently(send: Callable[[], Any]) -> Any:
-    """What `send` returns, tried again while the Hub is busy; sending twice what arrived once changes nothing."""
+def _holds_else(api: HfApi, repo: str, there: Sequence[str], commit: str | None) -> str:
+    """A file by which a repository holds something else than a patch of ours; empty where it does not.
+
+    diffusers gives any LoRA the name of a patch's file, and the header alone tells them apart.
+    """
+    if FILE_NAME not in there:
+        return next((name for name in reversed(there) if name not in (".gitattributes", "README.md")), "")
+    try:
+        header = api.parse_safetensors_file_metadata(repo, FILE_NAME, revision=commit)
+    except errors.SafetensorsParsingError:
+        return FILE_NAME
+    return "" if "esd_lora" in header.metadata else f"{FILE_NAME} of another program"
+
+
+def _patiently(send: Callable[[], Any], busy: Sequence[int]) -> Any:
+    """What `send` returns, tried again while the Hub gives such answers."""
     for attempt in range(1, ATTEMPTS):
         try:
             return send()
         except errors.HfHubHTTPError as error:
-            if error.response.status_code not in BUSY:
+            if error.response.status_code not in busy:
                 raise
             wait = error.response.headers.get("Retry-After", "")
             time.sleep(min(60, int(wait)) if wait.isdigit() else 2**attempt)

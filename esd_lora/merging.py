@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from esd_lora.bases import DTYPES, Base, local_file
+from esd_lora.card import for_others
 from esd_lora.compose import check_fits, in_use, stack
 from esd_lora.errors import BaseModelError, PatchError
 from esd_lora.patch import PARTS, Patch, check_empty, whole
@@ -64,7 +65,7 @@ def merge(
     for name in together.ranks:
         if not torch.isfinite(denoiser.get_submodule(name.removeprefix(f"{base.prefix}.")).weight).all():
             raise PatchError(f"{name}: not finite in {dtype} with the patches in it; give them less weight")
-    parts = [*before, *together.info["stack"]]
+    parts = [*before, *for_others(together.info)["stack"]]
     with whole(out) as folder:
         pipe.save_pretrained(folder)
         (folder / RECORD).write_text(json.dumps({"merged": parts}, indent=2) + "\n", encoding="utf-8")
@@ -106,4 +107,5 @@ def _card(base: Base, parts: Sequence[dict[str, Any]]) -> str:
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="text-to-image", tags=["text-to-image", "diffusers", "concept-erasure"]
     )
-    return str(ModelCard.from_template(data, template_path=str(CARD), base=base.name, parts=rows))
+    place = for_others({"base": {"name": base.name, "revision": base.revision}})["base"]["name"]
+    return str(ModelCard.from_template(data, template_path=str(CARD), base=place, parts=rows))

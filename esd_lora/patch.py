@@ -417,7 +417,8 @@ def _check_entries(file: Path, entries: Mapping[str, Entry]) -> None:
     for name, entry in entries.items():
         kind = ".lora_A." if ".lora_A." in name else ".lora_B."
         other = entries.get(name.replace(kind, ".lora_B." if kind == ".lora_A." else ".lora_A."))
-        factor = name.endswith(f"{kind}weight") and len(entry.shape) == 2 and 0 not in entry.shape
+        module = name.partition(".")[2].removesuffix(f"{kind}weight")
+        factor = module and name.endswith(f"{kind}weight") and len(entry.shape) == 2 and 0 not in entry.shape
         if not factor or not entry.is_floating_point:
             raise PatchError(f"{file}: {name} is not a low-rank factor in diffusers' naming")
         if other is None:

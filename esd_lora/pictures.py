@@ -45,10 +45,11 @@ def generate(
         on_batch: Called with the number of pictures of each finished batch.
 
     Raises:
-        RecipeError: The number of prompts and seeds differ, or the resolution is not one that the base can draw.
+        RecipeError: The number of prompts and seeds differ, or the base cannot draw at the resolution, or in so many steps.
     """
     if len(prompts) != len(seeds):
         raise RecipeError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
+    base.check_steps(steps, name="steps", resolution=resolution)
     base.pipe.to(base.device)
     pictures: Pictures = []
     for start in range(0, len(prompts), batch_size):

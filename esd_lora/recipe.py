@@ -214,6 +214,12 @@ class Recipe(BaseModel):
                 "preserve_beside: needs an objective that is trained, a preserve_weight above 0, and a concept without from or "
                 "replace_with"
             )
+        if self.preserve_beside and self.preserve is not None and not any(p.strip() for p in self.preserve):
+            raise ValueError("preserve_beside: needs prompts to preserve, and preserve names none that says anything")
+        if self.objective == "closed-form" and (self.log_with or self.sample_every or self.x_t == "edited"):
+            raise ValueError(
+                "log_with, sample_every, x_t: nothing is trained with objective closed-form; leave them out"
+            )
         if self.robust and self.objective == "closed-form":
             raise ValueError("robust: nothing is trained with objective closed-form; use objective: paper")
         if self.robust and self.robust >= self.steps:

@@ -29,7 +29,7 @@ from esd_lora.evaluate.scores import (
     score_attribute,
     whole_grid,
 )
-from esd_lora.patch import Patch, write_file
+from esd_lora.patch import FILE_NAME, Patch, write_file
 from esd_lora.pictures import Pictures, generate, grid, save_picture
 from esd_lora.recipe import Recipe
 from esd_lora.training import resolve
@@ -140,7 +140,7 @@ def measure_patches(
 
 def _write_scores(folder: Path, patch: Patch, found: list[dict[str, Any]], grids: Pictures) -> None:
     """Leave the scores of a patch in its file and beside it, with a grid for each concept."""
-    replace(patch, info={**patch.info, "scores": found}).save(folder)
+    replace(patch, info={**patch.info, "scores": found}).save(folder / FILE_NAME)
     write_file(folder / "scores.json", json.dumps(found, indent=2).encode())
     for i, picture in enumerate(grids, 1):
         save_picture(picture, folder / ("grid.png" if i == 1 else f"grid-{i}.png"))

@@ -92,19 +92,30 @@ class TensorFile:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The values of a JSON text of a stranger; a name that comes twice is an error.
+    """The values of a JSON text of a stranger; a name that comes twice is an error, and so is a number that is none.
 
     Raises:
         ValueError: It is not JSON, nested too deeply, or holds characters that command a terminal.
     """
     try:
-        values = json.loads(text, object_pairs_hook=_unique)
+        values = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     for name in _texts(values):
         if _CONTROL.search(name):
             raise ValueError(f"control characters in {ascii(name)[:80]}")
     return values
+
+
+def _finite(text: str) -> float:
+    """The number of a text, which JSON cannot say otherwise.
+
+    Raises:
+        ValueError: It is none, such as NaN, or too large for one.
+    """
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from esd_lora.closed_form import closed_form_patch
 from esd_lora.errors import OutputError, RecipeError, TrainingError
 from esd_lora.esd import esd_loss
 from esd_lora.folder import RECIPE, finished_run, locked
-from esd_lora.patch import Patch, write_file
+from esd_lora.patch import FILE_NAME, Patch, write_file
 from esd_lora.recipe import Recipe
 from esd_lora.signals import Signals, stop
 from esd_lora.softwords import unused_words, vocabulary_of
@@ -61,6 +61,7 @@ class Run:
     base: Base
     accelerator: Accelerator
     conditions: Condition  # of the prompts, and then of what the adversary has found
+    wordless: Condition  # a prompt without words, as the encoders read it
     prompts: int
     erase: list[Question]
     preserve: list[Question]
@@ -140,6 +141,8 @@ def _train(
 ) -> Patch:
     """The patch, in a folder that is this run's or in memory; see `train`."""
     watch = Stopwatch(base.device)
+    if base.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(base.device)
     _check_environment(recipe, base, out)
     base.remove_adapters()
     torch.manual_seed(recipe.seed)
@@ -177,7 +180,7 @@ def _write(out: Path, patch: Patch, losses: Tensor, cost: bytes) -> None:
     if len(losses):
         write_file(out / "loss.csv", _csv(losses))
     write_file(out / COST, cost)
-    patch.save(out)  # the last, for it says that the run is done
+    patch.save(out / FILE_NAME)  # the last, for it says that the run is done
     Checkpoints(out).remove()
 
 
@@ -230,7 +233,9 @@ def _begin(recipe: Recipe, base: Base, out: Path | None, watch: Stopwatch) -> Ru
         base.denoiser.disable_gradient_checkpointing()
     prompts, erase, preserve = questions_of(recipe)
     with watch.stage("prompts"), base.encoders_alone():
-        conditions = base.encode(prompts, resolution=recipe.resolution, guidance_scale=recipe.guidance_scale)
+        encode = partial(base.encode, resolution=recipe.resolution, guidance_scale=recipe.guidance_scale)
+        conditions = encode(prompts)
+        wordless = conditions[slice(1)] if base.wordless == prompts[0] else encode([base.wordless])
     optimizer = torch.optim.AdamW(base.adapter_parameters(), lr=recipe.lr, weight_decay=0.0)
     schedule = get_scheduler(
         recipe.lr_schedule, optimizer, num_warmup_steps=recipe.warmup_steps, num_training_steps=recipe.steps
@@ -238,8 +243,20 @@ def _begin(recipe: Recipe, base: Base, out: Path | None, watch: Stopwatch) -> Ru
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     losses = torch.zeros(recipe.steps, device=base.device)
     checkpoints = Checkpoints(out) if out else None
-    parts = (recipe, base, accelerator, conditions, len(prompts), erase, preserve, optimizer, schedule, losses, watch)
-    return Run(*parts, checkpoints=checkpoints)
+    parts = (
+        recipe,
+        base,
+        accelerator,
+        conditions,
+        wordless,
+        len(prompts),
+        erase,
+        preserve,
+        optimizer,
+        schedule,
+        losses,
+    )
+    return Run(*parts, watch, checkpoints=checkpoints)
 
 
 def _loop(
@@ -358,7 +375,8 @@ def _fill_banks(run: Run) -> None:
 def _aim(run: Run) -> None:
     """Have the adapters start from where the concept moves what they read; all processes from the same."""
     bank, batch_size = run.banks["erase"], run.recipe.batch_size
-    found = processes.agreed(lambda: directions.aim(run.base, run.conditions, bank, batch_size=batch_size))
+    how: dict[str, Any] = {"wordless": run.wordless, "batch_size": batch_size}
+    found = processes.agreed(lambda: directions.aim(run.base, run.conditions, bank, **how))
     run.base.load_adapter_state(found)
     run.passes += directions.passes(len(bank))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,16 +14,19 @@ import yaml
 from huggingface_hub import ModelCard
 
 from esd_lora.bases import Base, load_base, quick_dtype
-from esd_lora.card import rates_of, results_of, scores_of, target_of
+from esd_lora.card import WORST, rates_of, results_of, rows_of, scores_of, target_of
 from esd_lora.compose import check_fits
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.errors import BaseModelError, PatchError, RepositoryError
-from esd_lora.evaluate.rates import Rate
+from esd_lora.evaluate.rates import Rate, wilson
 from esd_lora.evaluate.scores import AttributeScores, Scores, draw, score, score_attribute
 from esd_lora.exporting import layers_of
 from esd_lora.hub import REFERENCE, download
 from esd_lora.patch import FILE_NAME, Patch, load_patch
 from esd_lora.report import Job, jobs_of
+
+ROW = re.compile(r"^\|.*\| *[\d.]+ to [\d.]+ *\|.*\|$", re.MULTILINE)
+"""A row of a card's table of scores: one that tells an interval."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,11 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether the two intervals have a value in common."""
-        return self.claimed.low <= self.measured.high and self.measured.low <= self.claimed.high
+        """Whether the two intervals have a value in common, and those of the base's own rates too."""
+        pairs = [[(r.low, r.high) for r in (self.claimed, self.measured)]]
+        if self.claimed.base is not None and self.measured.base is not None:
+            pairs.append([wilson(r.base, r.n) for r in (self.claimed, self.measured) if r.base is not None])
+        return all(a[0] <= b[1] and b[0] <= a[1] for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -88,10 +96,10 @@ def verify(
         RepositoryError: See `hub.find_patch`.
         HubError: See `hub.download`.
     """
-    file, card = _places(reference)
+    file, card, from_hub = _places(reference)
     patch = load_patch(file)
     kept = f"{len(patch.ranks)} layers, {len(patch.tensors)} tensors, all finite"
-    checks = [Check("file", True, kept), _check_hash(file), _check_card(patch, card)]
+    checks = [Check("file", True, kept), _check_hash(file, from_hub=from_hub), _check_card(patch, card)]
     if patch.info.get("base", {}).get("name") != "emoji":
         unmeasured = Check("scores", None, "no evaluator for this base is here yet; not measured")
         return Verification([*checks, _check_layers(patch), unmeasured], [])
@@ -116,27 +124,37 @@ def verify(
 
     for told in claimed:
         now = _measure(base, patch, jobs[target_of(told)], batch)
-        rates = rates_of(now)
-        claims += [Claim(target_of(told), k, r, rates[k]) for k, r in rates_of(told).items() if k in rates]
+        claims += _claims(told, now)
     return Verification(checks, claims)
 
 
-def _places(reference: str) -> tuple[Path, Path | None]:
-    """Where a patch's file and its card are; None where there is no card."""
+def _claims(told: Scores | AttributeScores, now: Scores | AttributeScores) -> list[Claim]:
+    """What scores claim beside what was measured, the three that lost most among it: claimed ones against these, by rank."""
+    claimed, rates = ({k: r for k, r in rates_of(s).items() if not k.startswith(WORST)} for s in (told, now))
+    claims = [Claim(target_of(told), k, r, rates[k]) for k, r in claimed.items() if k in rates]
+    if isinstance(told, Scores) and isinstance(now, Scores):
+        pairs = zip(told.worst.items(), now.worst.items(), strict=False)
+        for (name, one), (other, found) in pairs:
+            claims.append(Claim(told.target, f"{WORST}{name}{'' if name == other else f', now {other}'}", one, found))
+    return claims
+
+
+def _places(reference: str) -> tuple[Path, Path | None, bool]:
+    """Where a patch's file and its card are, None where there is no card; whether they are of the Hub."""
     match = REFERENCE.fullmatch(reference)
     if Path(reference).exists() or match is None:
         file = Path(reference) / FILE_NAME if Path(reference).is_dir() else Path(reference)
-        return file, beside if (beside := file.with_name("README.md")).is_file() else None
+        return file, beside if (beside := file.with_name("README.md")).is_file() else None, False
     file = download(match["repo"], match["revision"])
     try:
-        return file, download(match["repo"], file.parent.name, file="README.md")
+        return file, download(match["repo"], file.parent.name, file="README.md"), True
     except RepositoryError:
-        return file, None
+        return file, None, True
 
 
-def _check_hash(file: Path) -> Check:
+def _check_hash(file: Path, *, from_hub: bool) -> Check:
     """`download` has compared what came from the Hub with the hash there; a local file has nothing to be compared with."""
-    if file.parent.parent.name == "snapshots":
+    if from_hub:
         return Check("hash", True, f"SHA-256 as the Hub tells it: {file.resolve().name[:16]} …")
     return Check("hash", None, "a local file; nothing to compare it with")
 
@@ -152,8 +170,10 @@ def _check_card(patch: Patch, card: Path | None) -> Check:
         return Check("card", False, "cannot be read")
     if patch.digest not in text:
         return Check("card", False, "is about another patch; its SHA-256 is not that of these tensors")
-    own = {(r.dataset_name, r.metric_name): r.metric_value for s in scores_of(patch) for r in results_of(s)}
-    if told != own:
+    scores = scores_of(patch)
+    own = {(r.dataset_name, r.metric_name): r.metric_value for s in scores for r in results_of(s)}
+    rows = [row for s in scores for row in rows_of(s)]
+    if told != own or Counter(ROW.findall(text)) != Counter(rows):
         return Check("card", False, "claims other scores than the patch's own header")
     return Check("card", True, "names these tensors, and claims what the patch's header does")
 

@@ -106,7 +106,17 @@ def test_licence_and_base_follow_what_is_known(
     link = f"{constants.ENDPOINT}/someone/finetune" if named == "someone/finetune" else None
     assert data.get("license_link") == link
     assert "secret-place" not in card
+    recipe = {**patch.info["recipe"], "base": base or "nothing"}
+    assert "secret-place" not in make_card(of(patch, base, revision, recipe=recipe), repo="alice/cat")
     assert LICENCES["emoji"] in Path(__file__).parent.parent.joinpath("esd_lora/emoji/base/README.md").read_text()
+
+
+def test_a_card_tells_how_a_single_file_is_loaded_and_exports_what_can_be(patch: Patch) -> None:
+    code = code_of(make_card(of(patch, "models/mine.safetensors")))
+    assert 'pipe = StableDiffusionPipeline.from_single_file("mine.safetensors")' in code
+    assert "esd-lora export" in make_card(patch)
+    renamed = {k.replace("unet.", "transformer."): v for k, v in patch.tensors.items()}
+    assert "esd-lora export" not in make_card(replace(patch, tensors=renamed))
 
 
 def test_a_stack_names_its_parts(patch: Patch) -> None:
@@ -209,7 +219,7 @@ def test_a_dry_run_shows_everything_and_asks_nothing(hub: FakeHub, call: Call, p
     told = call("push", "cat", "alice/cat", "--dry-run", "--json")
     data = json.loads(told.out)
     assert (told.code, told.err, data["repository"]) == (0, "", "alice/cat")
-    assert data["bytes"][FILE_NAME] == Path("cat", FILE_NAME).stat().st_size
+    assert data["bytes"][FILE_NAME] == len(files_of("cat", repo="alice/cat")[FILE_NAME])
     assert data["card"] == make_card(load_patch("cat"), Path("cat"), repo="alice/cat")
     assert "# cat, erased from" in call("push", "cat", "alice/cat", "--dry-run").out
     assert not hub.requests

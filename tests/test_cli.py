@@ -220,6 +220,35 @@ def test_show_tells_what_a_patch_is(call: Call, patch_folder: Path) -> None:
     assert info["forward_passes"] == 90
 
 
+def test_what_is_counted_of_a_patch_wins_over_what_its_header_claims(call: Call, patch: Patch) -> None:
+    claimed = {"rank": [64], "parameters": 5, "erases": ["dog"], "scores": [{"file": 1}]}
+    replace(patch, info={**patch.info, **claimed}).save("claiming")
+    info = json.loads(call("show", "claiming", "--json").out)
+    assert (info["rank"], info["parameters"], info["erases"]) == ([2], patch.parameters, ["cat"])
+    assert call("show", "claiming").code == 0
+
+
+def test_a_run_whose_folder_is_called_like_a_file_leaves_its_patch_there(call: Call, tiny_folder: Path) -> None:
+    told = call("train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--out", "cat.safetensors", "--quiet")
+    assert (told.code, told.err) == (0, "")
+    assert load_patch("cat.safetensors").erases == "cat"
+
+
+def test_a_picture_that_there_is_no_memory_for_is_left_out_and_the_patch_is_there(
+    call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("esd_lora.report.draw_run", full)
+    told = call(
+        "train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--set", "sample_every=3", "--out", "run", "--quiet"
+    )
+    assert told.code == 0
+    assert "left out a picture, for which the device has too little memory" in told.err
+    assert load_patch("run").erases == "cat"
+
+
 def test_plan_counts_what_training_will_do(call: Call, tiny_folder: Path, patch: Patch) -> None:
     Path("recipe.yaml").write_text(json.dumps(patch.info["recipe"]))  # JSON is YAML
     plan = call("plan", "recipe.yaml", "--json")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RecipeOf, same, weights_of
-from tiny import TINY
+from tiny import TINY, tiny_xl
 from torch import Tensor
 
 from esd_lora.bases import Base, base_of
@@ -27,7 +27,7 @@ def bank_of(base: Base, seeds: int = 2) -> Bank:
 def aimed(base: Base, *, batch_size: int = 2) -> dict[str, Tensor]:
     bank = bank_of(base)
     base.add_adapter(layers="esd-x", rank=RANK)
-    return aim(base, base.encode(["", "a cat"]), bank, batch_size=batch_size)
+    return aim(base, base.encode(["", "a cat"]), bank, wordless=base.encode([base.wordless]), batch_size=batch_size)
 
 
 def test_text_layers_start_from_what_the_concepts_words_have_and_empty_ones_lack(base: Base) -> None:
@@ -86,11 +86,27 @@ def test_more_rank_than_a_layer_is_wide_has_no_more_directions() -> None:
     assert rows == pytest.approx(wanted, abs=1e-6)  # of either sign the one whose largest entry is positive
 
 
+def test_what_every_prompt_of_sdxl_has_is_no_direction_of_a_concept() -> None:
+    """Its empty prompt is zeros, from which a prompt differs by all tokens, the first and the padding among them."""
+    base = base_of(tiny_xl())
+    assert not base.encode([""]).tensors["encoder_hidden_states"].any()
+    wordless, asked = (base.encode([p]).tensors["encoder_hidden_states"][0].double() for p in (base.wordless, "a cat"))
+    bank = record(
+        base, base.encode(["", "a cat"]), [Question(s=1, c=1, a=0, eta=1.0)], [0], steps=3, guidance_scale=3.0
+    )[0]
+    base.add_adapter(layers="esd-x", rank=RANK)
+    found = aim(base, base.encode(["", "a cat"]), bank, wordless=base.encode([base.wordless]), batch_size=2)
+    _, _, right = torch.linalg.svd(asked - wordless, full_matrices=False)
+    for layer in base.text_layers:
+        unit = found[f"{base.prefix}.{layer}.lora_A.weight"].double() * RANK / LENGTH
+        assert (unit @ right[:RANK].T).abs() == pytest.approx(torch.eye(RANK).double(), abs=1e-3)
+
+
 def test_a_layer_that_no_prompt_reaches_keeps_its_random_start(base: Base) -> None:
     """The self-attention before the first cross-attention, and the queries of that, read the same whatever is asked."""
     bank = bank_of(base)
     base.add_adapter(layers="full", rank=RANK)
-    found = aim(base, base.encode(["", "a cat"]), bank, batch_size=2)
+    found = aim(base, base.encode(["", "a cat"]), bank, wordless=base.encode([""]), batch_size=2)
     kept = {k for k in base.adapter_state() if "lora_A" in k} - set(found)
     assert len({name.split(".attn")[0] for name in kept}) == 1  # one block's
     assert all(".attn1." in name or ".attn2.to_q." in name for name in kept)
@@ -100,7 +116,7 @@ def test_where_numbers_overflow_training_tells_and_not_the_search_for_directions
     bank = bank_of(base)
     bank.x.fill_(torch.nan)
     base.add_adapter(layers="esd-x", rank=RANK)
-    found = aim(base, base.encode(["", "a cat"]), bank, batch_size=2)
+    found = aim(base, base.encode(["", "a cat"]), bank, wordless=base.encode([""]), batch_size=2)
     # what keys and values read are the text states, which are as they should be
     assert {name.split(".")[-3] for name in found} == {"to_k", "to_v"}
 

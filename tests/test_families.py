@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Call, same, wake, weights_of
+from conftest import Call, RecipeOf, same, wake, weights_of
 from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -222,6 +222,14 @@ def consistency() -> Any:
     pipe = tiny_pipeline(guidance_size=16)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     return pipe
+
+
+def test_more_steps_than_a_scheduler_takes_are_one_line(recipe_of: RecipeOf) -> None:
+    base = base_of(consistency())
+    with pytest.raises(RecipeError, match=r"^trajectory_steps: The length of the |^trajectory_steps: .*original"):
+        train(recipe_of(trajectory_steps=60), base)
+    with pytest.raises(RecipeError, match=r"^steps: "):
+        generate(base, ["a cat"], [0], steps=60)
 
 
 def with_scheduler(build: Callable[[], Any], scheduler: Any, **config: Any) -> Callable[[], Any]:

@@ -13,9 +13,11 @@ from conftest import same
 from fakehub import FakeHub
 from huggingface_hub import HfApi, constants
 
+from esd_lora.card import for_others
+from esd_lora.compose import stack
 from esd_lora.errors import HubError, RepositoryError
 from esd_lora.hub import download, files_of, find_patch, pull, push
-from esd_lora.patch import FILE_NAME, Patch, load_patch
+from esd_lora.patch import FILE_NAME, Patch, encode, load_patch
 
 
 @pytest.fixture
@@ -49,9 +51,23 @@ def test_a_push_is_one_commit_with_everything_in_it(hub: FakeHub, patch_folder: 
     assert (pushed.url, pushed.changed, pushed.pull_request) == (f"{hub.url}/alice/cat", True, None)
     files = hub.files("alice/cat")
     assert set(files) >= {".gitattributes", FILE_NAME, "README.md", "recipe.yaml"}
-    assert files[FILE_NAME] == (patch_folder / FILE_NAME).read_bytes()
+    patch = load_patch(patch_folder)
+    assert files[FILE_NAME] == Patch(patch.tensors, for_others(patch.info)).to_bytes()
     assert hub.repos["alice/cat"].messages == ["initial commit", "Upload an erasure patch"]
     assert hub.repos["alice/cat"].refs["main"] == pushed.commit
+
+
+def test_where_the_base_lies_on_this_machine_is_not_published(
+    hub: FakeHub, patch: Patch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Neither of a patch's base and recipe, nor of those of a stack's parts."""
+    for name, some in (("one", patch), ("two", stack([patch, patch], [1.0, 0.5]))):
+        assert some.info["base"]["name"] == str(tiny_folder)
+        some.save(tmp_path / name)
+        published(tmp_path / name, f"alice/{name}")
+        for content in hub.files(f"alice/{name}").values():
+            assert str(tiny_folder).encode() not in content
+            assert str(tiny_folder.parent).encode() not in content
 
 
 def test_what_is_there_already_is_not_sent_again(hub: FakeHub, patch_folder: Path) -> None:
@@ -62,24 +78,51 @@ def test_what_is_there_already_is_not_sent_again(hub: FakeHub, patch_folder: Pat
     assert (hub.uploaded, hub.asked("POST", "/commit/")) == (sent, 1)
 
 
-def test_what_a_patch_no_longer_has_goes_with_the_next_push(hub: FakeHub) -> None:
+def test_what_a_patch_no_longer_has_goes_with_the_next_push(hub: FakeHub, patch: Patch) -> None:
     files = {
-        FILE_NAME: b"1",
+        FILE_NAME: patch.to_bytes(),
         "README.md": b"---\nlicense: mit\n---\n",
         "images/0-before.png": b"old",
         "scores.json": b"[]",
     }
     push(files, "alice/cat")
-    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="alice/cat")
+    own = ("images/mine/0.png", "notes.txt")
+    for name in own:
+        HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id="alice/cat")
     push({k: v for k, v in files.items() if k != "scores.json" and "images" not in k}, "alice/cat")
-    assert sorted(hub.files("alice/cat")) == [".gitattributes", "README.md", "notes.txt", FILE_NAME]
+    assert sorted(hub.files("alice/cat")) == sorted([".gitattributes", "README.md", *own, FILE_NAME])
+
+
+def test_a_lora_of_another_program_is_not_pushed_over(hub: FakeHub, patch: Patch, patch_folder: Path) -> None:
+    """diffusers gives any LoRA the name of a patch's file."""
+    hub_of = HfApi()
+    hub_of.create_repo("alice/dreambooth")
+    file = encode(patch.tensors, {"format": "pt"})
+    hub_of.upload_file(path_or_fileobj=file, path_in_repo=FILE_NAME, repo_id="alice/dreambooth")
+    before = hub.files("alice/dreambooth")
+    told = f"alice/dreambooth: holds something else than a patch, such as {FILE_NAME} of another program; choose another name"
+    with pytest.raises(RepositoryError, match=f"^{re.escape(told)}$"):
+        push(files_of(patch_folder, repo="alice/dreambooth"), "alice/dreambooth")
+    assert hub.files("alice/dreambooth") == before
+
+
+def test_a_commit_that_may_have_arrived_is_not_sent_twice_where_that_would_do_harm(
+    hub: FakeHub, patch_folder: Path
+) -> None:
+    published(patch_folder)
+    files = files_of(patch_folder, repo="alice/cat") | {"README.md": b"---\nlicense: mit\n---\n# Better\n"}
+    hub.fault("POST", "/commit/", times=1, status=502)
+    with pytest.raises(HubError, match="the Hub fails"):
+        push(files, "alice/cat", create_pr=True)
+    hub.fault("POST", "/commit/", times=1, status=503)
+    assert push(files, "alice/cat", create_pr=True).pull_request == f"{hub.url}/alice/cat/discussions/1"
 
 
 def test_what_was_pushed_is_pulled(hub: FakeHub, patch_folder: Path, patch: Patch, tmp_path: Path) -> None:
     published(patch_folder)
     got = pull("alice/cat", tmp_path / "got")
     assert same(got.tensors, load_patch(patch_folder).tensors)
-    assert load_patch(tmp_path / "got").info == patch.info
+    assert load_patch(tmp_path / "got").info == for_others(patch.info)
     files = {
         p.relative_to(tmp_path / "got").as_posix(): p.read_bytes() for p in (tmp_path / "got").rglob("*") if p.is_file()
     }
@@ -260,7 +303,7 @@ def test_a_push_that_fails_publishes_nothing_and_the_next_one_succeeds(
     assert not hub.repos or set(hub.files("alice/cat")) == {".gitattributes"}
     hub.faults.clear()
     assert published(patch_folder).changed
-    assert hub.files("alice/cat")[FILE_NAME] == (patch_folder / FILE_NAME).read_bytes()
+    assert hub.files("alice/cat")[FILE_NAME] == files_of(patch_folder, repo="alice/cat")[FILE_NAME]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +329,7 @@ def test_what_arrived_before_a_cut_is_not_sent_again(hub: FakeHub, patch_folder:
     with pytest.raises(HubError):
         published(patch_folder)
     sent = hub.uploaded
-    assert sent >= (patch_folder / FILE_NAME).stat().st_size
+    assert sent >= len(files_of(patch_folder, repo="alice/cat")[FILE_NAME])
     hub.faults.clear()
     published(patch_folder)
     assert hub.uploaded == sent
@@ -304,7 +347,7 @@ def test_a_file_that_changes_during_a_push_does_not_change_what_is_published(
     hub: FakeHub, patch_folder: Path, tmp_path: Path
 ) -> None:
     file = load_patch(patch_folder).save(tmp_path / "cat")
-    sound = file.read_bytes()
+    sound = files_of(tmp_path / "cat", repo="alice/cat")[FILE_NAME]
     hub.fault("PUT", "/lfs/", times=1, then=lambda: file.write_bytes(b"torn"))
     published(tmp_path / "cat")
     assert file.read_bytes() == b"torn"

@@ -148,6 +148,17 @@ def test_a_recipe_cannot_be_changed() -> None:
         ),
         *(
             (
+                {"objective": "closed-form", **others},
+                "recipe: log_with, sample_every, x_t: nothing is trained with objective closed-form; leave them out",
+            )
+            for others in ({"log_with": "tensorboard"}, {"sample_every": 5}, {"x_t": "edited"})
+        ),
+        (
+            {"preserve_beside": True, "preserve": [""]},
+            "recipe: preserve_beside: needs prompts to preserve, and preserve names none that says anything",
+        ),
+        *(
+            (
                 {"preserve_beside": True, **others},
                 "recipe: preserve_beside: needs an objective that is trained, a preserve_weight above 0, and a concept without "
                 "from or replace_with",

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tiny import save_tiny, tiny_pipeline
 
 from esd_lora.bases import load_base
+from esd_lora.bases.facts import facts_of
 from esd_lora.bases.single_file import single_file
 from esd_lora.errors import BaseModelError
 from esd_lora.merging import merge
@@ -81,6 +82,7 @@ def test_a_fine_tune_that_says_that_it_predicts_v_is_believed(tmp_path: Path, ca
     config = load_base(str(both), device="cpu").scheduler.config
     assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
     assert config.timestep_spacing == "trailing"
+    assert facts_of(str(both)).prediction_type == "v_prediction"  # as `plan` tells
     alone = save_single_file(tiny_pipeline(), tmp_path / "e.safetensors")
     config = load_base(str(alone), device="cpu").scheduler.config
     assert (config.prediction_type, config.rescale_betas_zero_snr) == ("epsilon", False)

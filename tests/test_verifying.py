@@ -111,8 +111,42 @@ def test_a_claim_comes_with_the_interval_of_its_pictures(
     replace(measured, info={**measured.info, "scores": [{**scores, "ua": told}]}).save(tmp_path / "cat")
     shown = call("verify", tmp_path / "cat")
     assert shown.code == 2
-    assert "UA: target gone: its interval is not that of such a share of" in shown.err
+    assert "UA: target gone: no such share of" in shown.err
     assert shown.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("known")
+@pytest.mark.parametrize("claim", ["worst", "base"])
+def test_what_is_told_beside_the_rates_is_measured_too(claim: str, measured: Patch, tmp_path: Path) -> None:
+    """Others than those that lost most, or a base that was no better, would make a patch look better than it is."""
+    (scores,) = measured.info["scores"]
+    told = {**scores, "worst": {name: rate([False] * 200).__dict__ for name in ("moon", "star", "heart")}}
+    if claim == "base":
+        told = {**scores, "ira": {**scores["ira"], "base": 0.0}}
+    folder = shared(replace(measured, info={**measured.info, "scores": [told]}), tmp_path / "cat")
+    found = verify(str(folder), device="cpu")
+    assert all(c.ok is not False for c in found.checks)
+    assert not found.ok
+    assert {c.what.split(":")[0] for c in found.claims if not c.holds} == {
+        "kept, worst three" if claim == "worst" else "IRA"
+    }
+
+
+@pytest.mark.usefixtures("known")
+def test_a_table_of_scores_that_the_header_does_not_have_is_named(
+    patch: Patch, measured: Patch, tmp_path: Path
+) -> None:
+    for i, some in enumerate((patch, measured)):
+        folder = shared(some, tmp_path / str(i))
+        card = folder / "README.md"
+        card.write_text(card.read_text() + "\n| UA: target gone | 100.0 | 98.2 to 100.0 | 204 | 0.0 |\n")
+        assert wrong(verify(str(folder), device="cpu"))["card"] == "claims other scores than the patch's own header"
+
+
+def test_a_local_copy_of_the_hubs_cache_was_compared_with_nothing(patch: Patch, tmp_path: Path) -> None:
+    patch.save(tmp_path / "snapshots" / "0123")
+    (found,) = [c for c in verify(str(tmp_path / "snapshots" / "0123"), device="cpu").checks if c.what == "hash"]
+    assert (found.ok, found.found) == (None, "a local file; nothing to compare it with")
 
 
 @pytest.mark.usefixtures("known")

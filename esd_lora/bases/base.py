@@ -76,6 +76,8 @@ class Base(ABC):
     """Preset → regular expression over module names of the denoiser (full match)."""
     prefix: ClassVar[str]
     """The denoiser's name in the pipeline, which LoRA files put before the names of its modules."""
+    wordless: ClassVar[str] = ""
+    """A prompt without words that the encoders read as they read any other, whatever the empty one stands for."""
     pixels: ClassVar[int] = 8
     """A picture's sides are multiples of this."""
 
@@ -182,7 +184,7 @@ class Base(ABC):
 
         Raises:
             RecipeError: It has no layers for closed-form keys, no words that can be soft, or cannot draw pictures of this
-                size.
+                size, or in so many steps.
         """
         if "closed-form" in (recipe.keys, recipe.objective) and not self.text_layers:
             raise RecipeError(
@@ -195,6 +197,19 @@ class Base(ABC):
                 f"is {self.family}; use robust: 0"
             )
         self.latent_shape(recipe.resolution)
+        self.check_steps(recipe.trajectory_steps, name="trajectory_steps", resolution=recipe.resolution)
+
+    def check_steps(self, steps: int, *, name: str, resolution: int | None = None) -> None:
+        """Nothing, if the scheduler can take so many.
+
+        Raises:
+            RecipeError: It cannot, as those of latent consistency models above what these were distilled with; `name` is whose
+                number it is.
+        """
+        try:
+            self.set_timesteps(self.scheduler, steps, resolution=resolution, device=torch.device("cpu"))
+        except ValueError as error:
+            raise RecipeError(f"{name}: {' '.join(str(error).split())}") from error
 
     @property
     def denoiser(self) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,7 +54,9 @@ def facts_of(name: str, revision: str | None = None) -> Facts:
         BaseModelError: The base is not found, out of reach, or not a pipeline of a known family.
     """
     if Path(name).is_file():
-        return facts_of(single_file(Path(name)).like)
+        file = single_file(Path(name))
+        facts = facts_of(file.like)
+        return replace(facts, scheduler={**facts.scheduler, **file.scheduler})
     for path in sorted(CONFIGS.glob("*.json")):
         shipped = json.loads(path.read_text(encoding="utf-8"))
         variants = shipped.pop("hub_ids")

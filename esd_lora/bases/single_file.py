@@ -34,14 +34,17 @@ class SingleFile:
     zero_snr: bool
     """Whether it has the key `ztsnr`, by which they say that their last timestep is pure noise."""
 
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """What the file says of the scheduler's config beside that which goes with its kind."""
+        said: dict[str, Any] = {"prediction_type": "v_prediction"} if self.velocity else {}
+        return said | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if self.zero_snr else {})
+
     def load(self, pipeline_class: Any, config: Path, **how: Any) -> DiffusionPipeline:
         """The pipeline in the file, of a class, with the configs of a folder."""
         pipe: DiffusionPipeline = pipeline_class.from_single_file(str(self.path), config=str(config), **how)
-        said: dict[str, Any] = {"prediction_type": "v_prediction"} if self.velocity else {}
-        if self.zero_snr:
-            said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         scheduler: Any = pipe.scheduler
-        pipe.scheduler = type(scheduler).from_config(scheduler.config, **said)
+        pipe.scheduler = type(scheduler).from_config(scheduler.config, **self.scheduler)
         return pipe
 
 

@@ -20,6 +20,7 @@ class StableDiffusionXLBase(UNetBase):
     """`StableDiffusionXLPipeline` as a Base: the UNet of the base model, without the refiner."""
 
     family: ClassVar[str] = "stable-diffusion-xl"
+    wordless: ClassVar[str] = " "  # CLIP's tokenizer strips it; the empty prompt may be zeros
 
     @torch.no_grad()
     @override
