@@ -71,10 +71,14 @@ def by_inversion(concept: str, patch: Patch | None, evaluator: Evaluator) -> Rat
 
 def trained(base: Base, concept: str, fields: Mapping[str, Any], seed: int) -> tuple[Patch, float]:
     """The patch, and the seconds that it took."""
-    named = {"erase": concept, "synonyms": OBJECTS[concept]}
-    recipe = Recipe.model_validate({"base": "emoji", "concepts": named, "seed": seed, **fields})
     started = time.perf_counter()
-    return train(recipe, base), time.perf_counter() - started
+    return train(recipe_of(concept, fields, seed), base), time.perf_counter() - started
+
+
+def recipe_of(concept: str, fields: Mapping[str, Any], seed: int) -> Recipe:
+    """The defaults but for these fields."""
+    named = {"erase": concept, "synonyms": OBJECTS[concept]}
+    return Recipe.model_validate({"base": "emoji", "concepts": named, "seed": seed, **fields})
 
 
 def measured(concept: str, name: str, seed: int, evaluator: Evaluator) -> dict[str, Any]:
@@ -88,9 +92,11 @@ def measured(concept: str, name: str, seed: int, evaluator: Evaluator) -> dict[s
     return {"passes": passes, "seconds": seconds, **{k: vars(r) for k, r in rates.items()}}
 
 
-def digest_of(name: str, evaluator: Evaluator) -> str:
-    """A name of what a row is measured with."""
-    parts = (load_base("emoji").fingerprint, evaluator.digest, PATCHES[name], TARGET_SEEDS, KEPT_SEEDS, SHOWN, DRAWN)
+def digest_of(concept: str, name: str, seed: int, evaluator: Evaluator) -> str:
+    """A name of what a row is measured with, the defaults of the time among it."""
+    fields = PATCHES[name]
+    recipe = None if fields is None else recipe_of(concept, fields, seed).to_dict()
+    parts = (load_base("emoji").fingerprint, evaluator.digest, recipe, TARGET_SEEDS, KEPT_SEEDS, SHOWN, DRAWN)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -112,7 +118,7 @@ def main() -> None:
     print("| patch | seed | UA | IRA | CRA | by inversion | passes | seconds |\n|---|---|---|---|---|---|---|---|")
     for name in args.patches:
         for seed in args.seeds:
-            asked = {"patch": name, "seed": seed, "with": digest_of(name, evaluator)}
+            asked = {"patch": name, "seed": seed, "with": digest_of(args.concept, name, seed, evaluator)}
             row = next((r for r in rows if asked.items() <= r.items()), None)
             if not row:
                 row = asked | measured(args.concept, name, seed, evaluator)

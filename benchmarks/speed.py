@@ -136,7 +136,9 @@ class Judge:
         self.quick = load_base("emoji", dtype=quick_dtype())
         self.evaluator: Evaluator = load_evaluator("measure")
         self.cells: list[Cell] = answer_set(concept, target_seeds=TARGET_SEEDS, kept_seeds=KEPT_SEEDS)
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        kept: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        done = {row["way"] for row in kept if row.get("last")}
+        self.rows = [row for row in kept if row["way"] in done]  # a way that was interrupted is begun anew
         self.bare: Judgement | None = None
 
     def __call__(self, way: str, mark: Mark) -> None:
@@ -154,10 +156,14 @@ class Judge:
         told = {k: getattr(mark, k) for k in ("steps", "seconds", "passes", "bytes")}
         row = {"way": way, **told, **{k: vars(r) for k, r in rates.items()}, "reached": reached}
         self.rows.append(row)
-        write_file(self.path, json.dumps(self.rows, indent=1).encode())
         print(row_of(row), flush=True)
         if reached:
             raise Reached
+
+    def done(self) -> None:
+        """The last mark was that of a way at its end: keep all rows."""
+        self.rows[-1]["last"] = True
+        write_file(self.path, json.dumps(self.rows, indent=1).encode())
 
 
 def row_of(row: dict[str, Any]) -> str:
@@ -190,6 +196,7 @@ def on_emoji(concept: str, names: Sequence[str], path: Path) -> None:
                 WAYS[name](base, concept, partial(judge, name))
             except Reached:
                 base.remove_adapters()
+            judge.done()
     print("\n| schedule | its best | time, ours = 1 | passes, ours = 1 | bytes, ours = 1 |\n|---|---|---|---|---|")
     best = {who: best_of([r for r in judge.rows if r["way"].startswith(who)]) for who in ("ours", "authors", "leco")}
     for who, row in best.items():

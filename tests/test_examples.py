@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import RecipeOf, same, weights_of
 from test_page import sample
 
@@ -257,6 +258,20 @@ def test_the_page_of_patches_has_a_row_for_each_measured_concept(script: Callabl
     assert rows[0].endswith(f"| 50.0 [30, 70] /20, base 100.0 | {whole} | {whole} | dog 50 |")
     assert "| hat from cat | " in rows[1]
     assert "| 100.0 [91, 100] /40, base 100.0 | 50.0 [30, 70] /20, base 100.0 |" in rows[1]  # others, styles
+
+
+def test_a_training_script_goes_on_only_with_what_it_was_told(script: Callable[[str], Any], tmp_path: Path) -> None:
+    checkpoint, path, told = script("checkpoint"), tmp_path / "vae.ckpt", {"steps": 8, "pictures": "0123"}
+    assert checkpoint.load(path, told=told, resume=False) is None
+    checkpoint.save(path, {"step": 4}, told=told)
+    drawn = torch.rand(3)
+    assert checkpoint.load(path, told=told, resume=True)["step"] == 4
+    assert torch.equal(torch.rand(3), drawn)  # as if it had not stopped
+    with pytest.raises(SystemExit, match="an earlier run; go on with it by --resume"):
+        checkpoint.load(path, told=told, resume=False)
+    for other in ({"steps": 9, "pictures": "0123"}, {"steps": 8, "pictures": "4567"}):
+        with pytest.raises(SystemExit, match=r"of a run with .*; remove it to begin anew"):
+            checkpoint.load(path, told=other, resume=True)
 
 
 @pytest.mark.parametrize("target", ["cat", "dog", "neon"])

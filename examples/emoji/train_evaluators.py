@@ -127,10 +127,15 @@ def blanks(per_style: int) -> np.ndarray:
     return np.stack([np.asarray(p.resize((PX, PX), Image.Resampling.BOX)) for p in drawn])
 
 
+def made_of(work: Path) -> str:
+    """A digest of all that the networks are trained on."""
+    sources = ("pictures.npz", "test.npz", "art.npz", "vae/diffusion_pytorch_model.safetensors")
+    return checkpoint.digest(*(work / s for s in sources))
+
+
 def precompute(work: Path) -> dict[str, np.ndarray]:
     """Everything that needs the autoencoder or the renderer, kept in `evaluator-data-….npz`."""
-    sources = ("pictures.npz", "test.npz", "art.npz", "vae/diffusion_pytorch_model.safetensors")
-    path = work / f"evaluator-data-{checkpoint.digest(*(work / s for s in sources))}.npz"
+    path = work / f"evaluator-data-{made_of(work)}.npz"
     if not path.exists():
         torch.manual_seed(0)
         rng = np.random.default_rng(0)
@@ -280,7 +285,8 @@ def train(name: EvaluatorName, data: dict[str, np.ndarray], work: Path, *, steps
     schedule = get_cosine_schedule_with_warmup(optimizer, 50, steps)
     parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule}
     path, first = work / f"{name}.ckpt", 0
-    if state := checkpoint.load(path, resume=resume):
+    told = {"steps": steps, "data": made_of(work)}
+    if state := checkpoint.load(path, told=told, resume=resume):
         for key, part in parts.items():
             part.load_state_dict(state[key])
         first = state["step"]
@@ -301,7 +307,7 @@ def train(name: EvaluatorName, data: dict[str, np.ndarray], work: Path, *, steps
             if (step + 1) % 100 == 0:
                 right = (logits.objects.argmax(1) == answers[:, 0])[: CLEAN + TRIPS].float().mean().item()
                 print(f"{name} step {step + 1} loss {loss.item():.3f} objects right {right:.3f}", flush=True)
-                checkpoint.save(path, {**{k: p.state_dict() for k, p in parts.items()}, "step": step + 1})
+                checkpoint.save(path, {**{k: p.state_dict() for k, p in parts.items()}, "step": step + 1}, told=told)
     return network
 
 

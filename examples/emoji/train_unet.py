@@ -87,11 +87,15 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def made_of(work: Path) -> str:
+    """A digest of all that the network is trained on."""
+    return checkpoint.digest(work / "typical.npz", work / "vae" / "diffusion_pytorch_model.safetensors")
+
+
 @torch.no_grad()
 def latents_of(pictures: np.ndarray, work: Path) -> Tensor:
     """The latents (N, 4, 16, 16) float16 of all pictures, computed once."""
-    made_of = checkpoint.digest(work / "typical.npz", work / "vae" / "diffusion_pytorch_model.safetensors")
-    path = work / f"latents-{made_of}.npy"
+    path = work / f"latents-{made_of(work)}.npy"
     if not path.exists():
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
         parts = []
@@ -215,12 +219,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     path, first = out / "unet.ckpt", 0
     told = {k: getattr(args, k) for k in ("steps", "batch", "lr", "ema", "without")} | {"init": str(args.init or "")}
-    if state := checkpoint.load(path, resume=args.resume):
+    told |= {"latents": made_of(args.work)}
+    if state := checkpoint.load(path, told=told, resume=args.resume):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first = state["step"]
-        if state["told"] != told:
-            parser.error(f"--resume: {path} is of a run with {state['told']}")
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
@@ -252,7 +255,7 @@ def main() -> None:
                 row = {"step": step + 1, "loss": round(loss.item(), 4), "read": round(read.item(), 4)}
                 print(json.dumps(row), flush=True)
                 states = {k: p.state_dict() for k, p in parts.items()}
-                checkpoint.save(path, {**states, "step": step + 1, "told": told})
+                checkpoint.save(path, {**states, "step": step + 1}, told=told)
             if (step + 1) % 1000 == 0 and step + 1 < args.steps:
                 ema.store(weights)
                 ema.copy_to(weights)

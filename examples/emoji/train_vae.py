@@ -92,7 +92,8 @@ def main() -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, 50, args.steps)
     parts = {"vae": vae, "optimizer": optimizer, "schedule": schedule}
     path, first = args.work / "vae.ckpt", 0
-    if state := checkpoint.load(path, resume=args.resume):
+    told = {"steps": args.steps, "batch": args.batch, "pictures": checkpoint.digest(args.work / "pictures.npz")}
+    if state := checkpoint.load(path, told=told, resume=args.resume):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first = state["step"]
@@ -113,7 +114,7 @@ def main() -> None:
             if (step + 1) % 250 == 0:
                 print(f"step {step + 1} loss {loss.item():.4f} l1 {l1.item():.4f}", flush=True)
                 states = {k: p.state_dict() for k, p in parts.items()}
-                checkpoint.save(path, {**states, "step": step + 1})
+                checkpoint.save(path, {**states, "step": step + 1}, told=told)
     vae.eval()
     normalise(vae, pictures[:6000])
     vae.save_pretrained(args.work / "vae")
