@@ -22,7 +22,7 @@ from esd_lora.errors import PatchError, RecipeError
 from esd_lora.evaluate.rates import Rate, wilson
 from esd_lora.evaluate.scores import AttributeScores, Scores
 from esd_lora.patch import FILE_NAME, Patch, write_file
-from esd_lora.pictures import generate, save_picture
+from esd_lora.pictures import drawn_by, generate, save_picture
 from esd_lora.recipe import make_recipe
 
 TEMPLATE = Path(__file__).parent / "templates" / "patch.md"
@@ -183,7 +183,7 @@ def draw_pairs(base: Base, patch: Patch, folder: Path, *, seed: int = 0) -> list
     sides = {}
     for side, patches in (("before", []), ("after", [patch])):
         with attached(base, patches):
-            sides[side] = generate(base, prompts, [seed] * len(prompts))
+            sides[side] = generate(base, prompts, [seed] * len(prompts), **drawn_by(recipes[0]))
     pairs = [Pair(p, seed, f"images/{i}-before.png", f"images/{i}-after.png") for i, p in enumerate(prompts)]
     for pair, before, after in zip(pairs, sides["before"], sides["after"], strict=True):
         save_picture(before, folder / pair.before)

@@ -7,8 +7,9 @@ pictures with and without a patch differ by the patch alone.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -67,6 +68,14 @@ def generate(
         if on_batch:
             on_batch(len(out.images))
     return pictures
+
+
+def drawn_by(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """How `generate` draws for a recipe: at its size, and where that goes without guidance, so and in as few steps."""
+    how: dict[str, Any] = {"resolution": recipe.get("resolution")}
+    if recipe.get("guidance_scale") == 1:
+        how |= {"guidance_scale": 1.0, "steps": recipe.get("trajectory_steps", 20)}
+    return how
 
 
 def step_noise(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -30,7 +30,7 @@ from esd_lora.evaluate.scores import (
     whole_grid,
 )
 from esd_lora.patch import FILE_NAME, Patch, write_file
-from esd_lora.pictures import Pictures, generate, grid, save_picture
+from esd_lora.pictures import Pictures, drawn_by, generate, grid, save_picture
 from esd_lora.recipe import Recipe
 from esd_lora.training import resolve
 
@@ -75,7 +75,7 @@ def draw_run(base: Base, recipe: Recipe, path: Path, *, patch: Patch | None = No
     seeds = list(range(len(prompts)))
 
     def pictures() -> Pictures:
-        return generate(base, prompts, seeds, resolution=recipe.resolution, batch_size=4)
+        return generate(base, prompts, seeds, batch_size=4, **drawn_by(recipe.to_dict()))
 
     if patch is None:
         rows = [("now", pictures())]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from esd_lora.bases import Base
 from esd_lora.errors import OutputError, RecipeError
-from esd_lora.pictures import generate, grid, save_picture, step_noise
+from esd_lora.pictures import drawn_by, generate, grid, save_picture, step_noise
 
 RED, BLUE = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
 
@@ -61,6 +61,16 @@ def test_pictures_have_the_size_that_was_asked_for(base: Base) -> None:
 def test_prompts_need_as_many_seeds(base: Base) -> None:
     with pytest.raises(RecipeError, match=r"^2 prompts need as many seeds, got 1$"):
         generate(base, ["a", "b"], [0])
+
+
+def test_pictures_for_a_recipe_are_drawn_as_it_samples() -> None:
+    """A model that draws without guidance in four steps is burnt by guidance and twenty."""
+    assert drawn_by({"guidance_scale": 1.0, "trajectory_steps": 4, "resolution": 512}) == {
+        "guidance_scale": 1.0,
+        "steps": 4,
+        "resolution": 512,
+    }
+    assert drawn_by({"guidance_scale": 3.0, "trajectory_steps": 4}) == {"resolution": None}
 
 
 def test_a_grid_has_a_row_for_each_label_and_the_pictures_in_their_places() -> None:
