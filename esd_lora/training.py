@@ -147,7 +147,11 @@ def _train(
     base.remove_adapters()
     torch.manual_seed(recipe.seed)
     base.add_adapter(layers=recipe.layers, rank=recipe.rank)
-    solved = partial(closed_form_patch, base, recipe, on_prompts=on_stage and partial(on_stage, "vocabulary"))
+
+    def solved() -> dict[str, Tensor]:
+        with base.encoders_alone():  # it reads a few weights, and no picture
+            return closed_form_patch(base, recipe, on_prompts=on_stage and partial(on_stage, "vocabulary"))
+
     losses = torch.zeros(0)
     try:
         if recipe.keys == "closed-form" and recipe.objective != "closed-form":
