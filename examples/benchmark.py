@@ -31,7 +31,7 @@ from esd_lora.evaluate.answers import Answers, Group, Target, emoji_answers, som
 from esd_lora.evaluate.comparing import Comparison, Sampling, compare
 from esd_lora.evaluate.evaluators import EmojiEvaluator
 from esd_lora.evaluate.page import Point, make_report, points_of, write_page
-from esd_lora.evaluate.rates import Rate, cluster_bootstrap
+from esd_lora.evaluate.rates import Rate, cluster_bootstrap, wilson
 from esd_lora.evaluate.ways import BASELINES, ON_EMOJI, Subject, Way, baseline_way, control_ways, gold_way, patch_way
 from esd_lora.patch import write_file
 from esd_lora.recipe import Concept, Recipe
@@ -181,13 +181,16 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def mean(rows: Rows, rate: str) -> Rate | None:
-    """The mean over targets with its interval over targets and seeds; None where there is none."""
+    """The mean over targets with its interval over targets and seeds, of one alone over pictures; None where there is none."""
     have = [r for r in rows if rate in r["counts"]]
     if not have:
         return None
     shares = [share(r, rate) for r in have]
     targets = by_target(have, rate)
     value = sum(targets.values()) / len(targets)
+    if len(have) == 1:
+        n = have[0]["counts"][rate][2]
+        return Rate(value, n, *wilson(value, n))
     low, high = cluster_bootstrap(shares, [(r["target"], r["seed"]) for r in have])
     return Rate(value, sum(r["counts"][rate][2] for r in have), min(low, value), max(high, value))
 
@@ -293,8 +296,10 @@ def more_by(these: Mapping[str, float], others: Mapping[str, float]) -> Rate:
 
 
 def difference(ours: Rows, others: Rows) -> str:
-    """How much more is kept, in points with its interval."""
+    """How much more is kept, in points with its interval over targets, where there are several."""
     more = more_by(by_target(ours, "kept"), by_target(others, "kept"))
+    if more.n == 1:
+        return f"{100 * more.value:+.1f}"
     return f"{100 * more.value:+.1f} [{100 * more.low:+.1f}, {100 * more.high:+.1f}]"
 
 
@@ -332,14 +337,14 @@ def plot(rows: Rows, path: Path) -> None:
 HEAD = """# The published benchmark
 
 By `python examples/benchmark.py`, of [benchmark.json](benchmark.json). Per cent, means over targets with 95 % intervals
-over them and, within each, training seeds (of few targets they are too narrow): our defaults are trained three times, and
-all else once. UA: the target gone; kept: object and style right where something else is asked for; IRA and CRA: the rest of
-its kind, and the other kind, right; at target: the other kind right where the target is asked for; near: its neighbours
-kept. Every method draws the same prompts from the same noise, of which the three controls draw 12 of the target and 36
-others, so that *null* may differ from *base* in the rates of a few targets though every picture is the same. These are a
-choice from the grid: neighbours are a quarter of what is to be kept where the target has any, and in CRA prompts for the
-target weigh more than the twentieth of an object or the sixth of a style that UnlearnCanvas gives them, a seventh to a
-ninth and a quarter to a third.
+over them and, within each, training seeds (of few targets they are too narrow; of one alone they are of its pictures): our
+defaults are trained three times, and all else once. UA: the target gone; kept: object and style right where something else
+is asked for; IRA and CRA: the rest of its kind, and the other kind, right; at target: the other kind right where the target
+is asked for; near: its neighbours kept. Every method draws the same prompts from the same noise, of which the three
+controls draw 12 of the target and 36 others, so that *null* may differ from *base* in the rates of a few targets though
+every picture is the same. These are a choice from the grid: neighbours are a quarter of what is to be kept where the target
+has any, and in CRA prompts for the target weigh more than the twentieth of an object or the sixth of a style that
+UnlearnCanvas gives them, a seventh to a ninth and a quarter to a third.
 
 Ours and UCE preserve what a list of everyday words names, most of the kept objects and styles among them; the authors' ESD and
 LECO preserve nothing, as ours in *nothing preserved*. The rates and steps of ESD and LECO were fitted to this base; the presets
