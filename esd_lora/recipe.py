@@ -214,9 +214,6 @@ class Recipe(BaseModel):
                 "preserve_beside: needs an objective that is trained, a preserve_weight above 0, and a concept without from or "
                 "replace_with"
             )
-        erased = {c.erase for c in self.concepts if not c.from_}
-        if clash := [p for p in self.preserve or () if p in erased]:
-            raise ValueError(f"preserve: {clash[0]} is what is to be erased; leave it out")
         if self.preserve_beside and self.preserve is not None and not any(p.strip() for p in self.preserve):
             raise ValueError("preserve_beside: needs prompts to preserve, and preserve names none that says anything")
         if self.objective == "closed-form" and (self.log_with or self.sample_every or self.x_t == "edited"):

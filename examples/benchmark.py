@@ -3,12 +3,13 @@
     python examples/benchmark.py --out runs/benchmark [--targets cat neon] [--against sld esd-x] [--seeds 3] [--gold RUN]
 
 Each target gets a report of its own in a folder of its name; what was trained or drawn is kept, so that the script goes on
-where it stopped, for some hours on two cores, and goes back to a target where more methods are asked for; to these alone where
-our own patches are no longer there. The counts of all reports are in `benchmark.json`, with hashes of what they were measured
-with; of these `benchmark.md` and its plot are made, and `facts.py` says what follows. Rates are means over targets, their
-intervals over targets and, within each, training seeds. Pictures take half the usual steps, by which the base draws as well.
-What is published is docs/benchmark.json: with a copy of it in the folder the script adds to that. `--gold` names what
-`emoji/train_unet.py --without` left; it is compared for the targets that it lacks, and asked for no other that it lacks.
+where it stopped, for some hours on two cores, and goes back to a target where more methods are asked for; to these alone
+where our own patches are no longer there, and to the strengths that it lacks. The counts of all reports are in
+`benchmark.json`, with hashes of what they were measured with; of these `benchmark.md` and its plot are made, and `facts.py`
+says what follows. Rates are means over targets, their intervals over targets and, within each, training seeds. Pictures
+take half the usual steps, by which the base draws as well. What is published is docs/benchmark.json: with a copy of it in
+the folder the script adds to that. `--gold` names what `emoji/train_unet.py --without` left; it is compared for the targets
+that it lacks, and asked for no other that it lacks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ STRENGTHS: Mapping[str, tuple[float, ...]] = {"esd_lora, keyed": (1.0, 2.0, 3.0)
 """Weights of patches, where these are not 0.5, 1 and 1.5: at twice its weight a keyed patch is one of η = 2."""
 
 
+UNTRAINED = ("sld", "negative-prompt", "separate-negative")
+"""Methods that train nothing, and have more strengths now than when the first targets were measured."""
 GOLD = "gold"
 """What `--against` does not name: a base that lacks the target."""
 
@@ -127,15 +130,34 @@ class Bench:
         """The folder of what is trained for a target."""
         return self.out / name / "methods"
 
-    def run(self, name: str, against: Sequence[str], *, ours: bool) -> list[dict[str, Any]]:
-        """The counts of these methods, and maybe of ours, at every strength for one target, whose report is written too."""
-        kind, folder = "object" if name in OBJECTS else "style", self.out / name
-        target, concept = Target(kind=kind, label=name), concept_of(name)
-        subject = Subject(self.base, concept, target, self.methods_of(name), load=lambda: self.trainer)
+    def subject(self, name: str) -> Subject:
+        """A target as the methods are to erase it."""
+        target = Target(kind="object" if name in OBJECTS else "style", label=name)
+        return Subject(self.base, concept_of(name), target, self.methods_of(name), load=lambda: self.trainer)
+
+    def lacking(self, name: str, against: Iterable[str], rows: Rows) -> list[str]:
+        """Those of these methods that train nothing, which a target lacks at some strength."""
+        have = {(r["method"], r["strength"]) for r in rows if r["target"] == name}
+        ways = {method: baseline_way(method, self.subject(name)) for method in against if method in UNTRAINED}
+        return [m for m, way in ways.items() if any((way.method.name, s) not in have for s in way.strengths)]
+
+    def run(self, name: str, against: Sequence[str], *, ours: bool, rows: Rows = ()) -> list[dict[str, Any]]:
+        """The counts of these methods, and maybe of ours, for one target, whose report is written too.
+
+        At every strength, but for those that the rows have already of methods that train nothing, unless ours are among them.
+        """
+        subject, folder = self.subject(name), self.out / name
+        kind, concept, target = subject.target.kind, subject.concept, subject.target
+        have = set() if ours else {(r["method"], r["strength"]) for r in rows if r["target"] == name}
+        others = [
+            replace(way, strengths=tuple(s for s in way.strengths if (way.method.name, s) not in have) or way.strengths)
+            for way in others_for(subject, against, self.gold)
+        ]
+        others = [replace(w, default=w.default if w.default in w.strengths else w.strengths[-1]) for w in others]
         told = ["--gold RUN" if method == GOLD else method for method in against]
         report = compare(
             Comparison(self.base, answers_of(name), target, self.evaluator, folder, SAMPLING, gaps=False),
-            [*(ours_for(subject, self.seeds) if ours else ()), *others_for(subject, against, self.gold)],
+            [*(ours_for(subject, self.seeds) if ours else ()), *others],
             title=f"{concept.erase}, erased from emoji",
             command=f"python examples/benchmark.py --targets {name} --against {' '.join(told)}",
         )
@@ -346,11 +368,11 @@ every picture is the same. These are a choice from the grid: neighbours are a qu
 has any, and in CRA prompts for the target weigh more than the twentieth of an object or the sixth of a style that
 UnlearnCanvas gives them, a seventh to a ninth and a quarter to a third.
 
-Ours and UCE preserve what a list of everyday words names, most of the kept objects and styles among them; the authors' ESD and
-LECO preserve nothing, as ours in *nothing preserved*. The rates and steps of ESD and LECO were fitted to this base; the presets
-of Safe Latent Diffusion, which are in units of Stable Diffusion 1's ε, and the strengths of negative prompts were not. Keyed
-patches and UCE are solved for the concept in a few templates, of which one is that of the answers, "a {} in {} style": of
-prompts in other words they may erase less.
+Ours and UCE preserve what a list of everyday words names, most of the kept objects and styles among them; the authors' ESD
+and LECO preserve nothing, as ours in *nothing preserved*. The rates and steps of ESD and LECO were fitted to this base. The
+presets of Safe Latent Diffusion are in units of Stable Diffusion 1's ε: other λ between its last two are tried as well, of
+the targets that the table tells, as are negative prompts of 4 and 10. Keyed patches and UCE are solved for the concept in a
+few templates, of which one is that of the answers, "a {} in {} style": of prompts in other words they may erase less.
 
 ![Erased over kept](benchmark.png)
 
@@ -375,9 +397,13 @@ def standing_with(known: Known, setting: Mapping[str, Any]) -> Known:
 
 
 def joined(known: Rows, new: Rows) -> list[Mapping[str, Any]]:
-    """All rows; those of a method that was measured again for a target are the new ones."""
-    again = {(r["target"], r["method"]) for r in new}
-    return [*(r for r in known if (r["target"], r["method"]) not in again), *new]
+    """All rows; those of a method that was measured again at a strength for a target are the new ones."""
+
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["target"], row["method"], row["seed"], row["strength"]
+
+    again = {place(row) for row in new}
+    return [*(row for row in known if place(row) not in again), *new]
 
 
 def write_page_of(known: Known, folder: Path) -> None:
@@ -416,11 +442,13 @@ def main() -> None:
     for name in args.targets:
         done = known["targets"].get(name, {}).get("against", ())
         asked = {*args.against, *([GOLD] if gold and name in gold.lacks else [])}
-        if done and asked <= {*done}:
+        lacking = bench.lacking(name, asked & {*done}, known["rows"])
+        if done and asked <= {*done} and not lacking:
             continue
         against = [b for b in (*BASELINES, GOLD) if b in {*done, *asked}]
         whole = not done or bench.methods_of(name).joinpath(f"{next(iter(OURS))}-0").exists()
-        new = bench.run(name, [b for b in against if whole or b not in done], ours=whole)
+        some = [b for b in against if whole or b not in done or b in lacking]
+        new = bench.run(name, some, ours=whole, rows=known["rows"])
         rows = joined(known["rows"], new)
         made = {**known["targets"].get(name, {}), **bench.setting, "against": against}
         if gold and GOLD in against and GOLD not in done:

@@ -19,7 +19,7 @@ import torch
 from conftest import RecipeOf, same, weights_of
 from test_page import sample
 
-from esd_lora.bases import Base
+from esd_lora.bases import Base, load_base
 from esd_lora.compose import attach, stack
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES, prompt
 from esd_lora.evaluate.page import make_report, points_of
@@ -380,7 +380,7 @@ def test_the_benchmark_goes_back_to_a_target_for_the_methods_that_it_lacks(
         where = {"target": target, "kind": "object", "method": method, "strength": 1, "seed": 0, "label": ""}
         return {**where, "counts": found, "cost": None}
 
-    def run(_: Any, name: str, against: list[str], *, ours: bool) -> list[dict[str, Any]]:
+    def run(_: Any, name: str, against: list[str], *, ours: bool, rows: Any) -> list[dict[str, Any]]:
         asked.append((name, against, ours))
         return [row(name, method, 97) for method in ("base", *(["esd_lora"] if ours else []), *against)]
 
@@ -397,6 +397,8 @@ def test_the_benchmark_goes_back_to_a_target_for_the_methods_that_it_lacks(
     monkeypatch.setattr(benchmark.Bench, "setting", setting)
     for name in ("load_base", "EmojiEvaluator"):
         monkeypatch.setattr(benchmark, name, lambda *_, **__: None)
+    short: list[str] = []
+    monkeypatch.setattr(benchmark.Bench, "lacking", lambda _, name, against, rows: [m for m in short if m in against])
     known = {"targets": {"cat": {**setting, "against": ["sld"]}}}
     rows = [row("cat", method, 50) for method in ("base", "esd_lora", "sld")]
     (tmp_path / "benchmark.json").write_text(json.dumps({**known, "rows": rows}))
@@ -407,6 +409,10 @@ def test_the_benchmark_goes_back_to_a_target_for_the_methods_that_it_lacks(
     assert {method for target, method in found if target == "dog"} == {"base", "esd_lora", "sld", "uce"}
     assert benchmarked("uce") == found
     assert asked == []
+    short.append("sld")  # at a strength that there was not then
+    assert benchmarked("sld")["cat", "sld"] == 97
+    assert asked == [("cat", ["sld"], False), ("dog", ["sld"], False)]
+    short.clear()
     (tmp_path / "cat" / "methods" / "esd_lora-0").mkdir(parents=True)  # all that was drawn is there
     benchmarked("filter")
     assert asked == [("cat", ["sld", "filter", "uce"], True), ("dog", ["filter"], False)]
@@ -415,6 +421,29 @@ def test_the_benchmark_goes_back_to_a_target_for_the_methods_that_it_lacks(
     with pytest.raises(SystemExit, match="2"):  # what was measured otherwise is not written over
         benchmarked("esd-x")
     assert (tmp_path / "benchmark.json").read_text() == before
+
+
+def test_the_benchmark_draws_only_the_strengths_that_a_target_lacks(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark, drawn = script("benchmark"), []
+    base = load_base("emoji", device="cpu")
+    bench = benchmark.Bench(base, base, None, tmp_path, 1, None)
+    presets = [{"target": "cat", "method": "SLD", "strength": float(k)} for k in (1, 2, 3, 4)]
+    assert bench.lacking("cat", ["sld", "uce"], presets) == ["sld"]
+    every = presets + [{"target": "cat", "method": "SLD", "strength": k} for k in (3.25, 3.5, 3.75)]
+    assert bench.lacking("cat", ["sld"], every) == []
+    assert bench.lacking("dog", ["sld"], every) == ["sld"]
+
+    def compare(_: Any, ways: list[Any], **__: Any) -> Any:
+        drawn.append({way.method.name: way.strengths for way in ways})
+        raise InterruptedError
+
+    monkeypatch.setattr(benchmark, "compare", compare)
+    for rows in (presets, []):
+        with pytest.raises(InterruptedError):
+            bench.run("cat", ["sld"], ours=False, rows=rows)
+    assert drawn == [{"SLD": (3.25, 3.5, 3.75)}, {"SLD": (1.0, 2.0, 3.0, 3.25, 3.5, 3.75, 4.0)}]
 
 
 def counts(method: str, kind: str, strength: float, **found: int) -> dict[str, Any]:

@@ -153,7 +153,6 @@ def test_a_recipe_cannot_be_changed() -> None:
             )
             for others in ({"log_with": "tensorboard"}, {"sample_every": 5}, {"x_t": "edited"})
         ),
-        ({"preserve": ["dog", "cat"]}, "recipe: preserve: cat is what is to be erased; leave it out"),
         (
             {"preserve_beside": True, "preserve": [""]},
             "recipe: preserve_beside: needs prompts to preserve, and preserve names none that says anything",

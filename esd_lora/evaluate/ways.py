@@ -209,17 +209,29 @@ def _guidance(
     return Way(method, strengths, at, default, beside=f"{name} {words}")
 
 
-_sld = partial(
-    _guidance,
-    name="SLD",
-    about="Safe Latent Diffusion, guidance away from the concept",
-    knob="preset",
-    passes_per_step=3,
-    inside=lambda base, words, k: safe_latent(base, words, list(PRESETS)[int(k) - 1]),
-    strengths=(1.0, 2.0, 3.0, 4.0),
-    default=2.0,
-    labels={float(k): preset for k, preset in enumerate(PRESETS, 1)},
-)
+SWEPT: Mapping[float, float] = {3.25: 0.1, 3.5: 0.2, 3.75: 0.4}
+"""Strengths between SLD's presets strong and max, and the λ of max there."""
+
+
+def _sld(subject: Subject) -> Way:
+    """The presets; on the embedded base, for whose predictions these were not made, others between the last two as well."""
+    guidances = {float(k): (str(name), numbers) for k, (name, numbers) in enumerate(PRESETS.items(), 1)}
+    if subject.base.name == "emoji":
+        between = {k: (f"max, λ {x:g}", replace(PRESETS["max"], threshold=x)) for k, x in SWEPT.items()}
+        guidances = dict(sorted({**guidances, **between}.items()))
+    return _guidance(
+        subject,
+        name="SLD",
+        about="Safe Latent Diffusion, guidance away from the concept",
+        knob="preset",
+        passes_per_step=3,
+        inside=lambda base, words, k: safe_latent(base, words, guidances[k][1]),
+        strengths=tuple(guidances),
+        default=2.0,
+        labels={k: name for k, (name, _) in guidances.items()},
+    )
+
+
 _negative_prompt = partial(
     _guidance,
     name="negative prompt",
