@@ -209,8 +209,8 @@ def push(
             return api.create_commit(repo, [*adds, *gone], commit_message=message, **how)
 
         # what may have arrived though the answer is lost is sent again only where that changes nothing
-        again = any(_ours(name) and name not in files for name in there) or create_pr
-        made = _patiently(commit, UNTOUCHED if again else BUSY)
+        harmful = create_pr or any(_ours(name) and name not in files for name in there)
+        made = _patiently(commit, UNTOUCHED if harmful else BUSY)
     changed = made.oid != head.sha
     where = None if collection is None else _collect(api, repo, collection, private=private)
     return Pushed(f"{api.endpoint}/{repo}", made.oid, changed, made.pr_url, where)
