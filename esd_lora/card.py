@@ -217,12 +217,12 @@ def _data(
 ) -> ModelCardData:
     """The card's metadata."""
     more: dict[str, Any] = {}
-    if is_hub_id(patch.info.get("base", {})):
+    on_hub, licence = is_hub_id(patch.info.get("base", {})), LICENCES.get(base, "other")
+    if on_hub:
         more |= {"base_model": base, "base_model_relation": "adapter"}
-    licence = LICENCES.get(base, "other")
     if licence == "other":
         more |= {"license_name": "as-the-base"}
-    if licence == "other" and is_hub_id(patch.info.get("base", {})):
+    if licence == "other" and on_hub:
         more |= {"license_link": f"{constants.ENDPOINT}/{base}"}
     if pairs:
         sides = [(p, text, url) for p in pairs for text, url in (("without the patch: ", p.before), ("", p.after))]

@@ -26,7 +26,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from esd_lora.bases import FAMILIES, index_path
+from esd_lora.bases import FAMILIES, commit_of, index_path
 from esd_lora.bases.facts import facts_of, on_meta
 from esd_lora.card import LICENCES, for_others
 from esd_lora.errors import BaseModelError, PatchError
@@ -133,8 +133,7 @@ def _commit_of(base: str, revision: str | None) -> str | None:
     """The commit that the revision of a Hub id means today, where that can be had; by it a card knows that it is one."""
     if base != "emoji" and base not in LICENCES and not Path(base).exists():
         with suppress(BaseModelError):
-            path = index_path(base, base, revision)
-            return path.parent.name if path.parent.parent.name == "snapshots" else revision
+            return commit_of(index_path(base, base, revision)) or revision
     return revision
 
 

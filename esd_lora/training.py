@@ -247,20 +247,8 @@ def _begin(recipe: Recipe, base: Base, out: Path | None, watch: Stopwatch) -> Ru
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     losses = torch.zeros(recipe.steps, device=base.device)
     checkpoints = Checkpoints(out) if out else None
-    parts = (
-        recipe,
-        base,
-        accelerator,
-        conditions,
-        wordless,
-        len(prompts),
-        erase,
-        preserve,
-        optimizer,
-        schedule,
-        losses,
-    )
-    return Run(*parts, watch, checkpoints=checkpoints)
+    made = (accelerator, conditions, wordless, len(prompts), erase, preserve, optimizer, schedule, losses)
+    return Run(recipe, base, *made, watch, checkpoints=checkpoints)
 
 
 def _loop(

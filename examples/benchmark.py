@@ -18,7 +18,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,10 @@ def ours_for(subject: Subject, seeds: int) -> Iterator[Way]:
     yield from control_ways(subject.base, patches[0], layers="esd-x")
 
 
+Had = Collection[tuple[str, float]]
+"""The methods and strengths that a target has rows of."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all targets share."""
@@ -135,25 +139,20 @@ class Bench:
         target = Target(kind="object" if name in OBJECTS else "style", label=name)
         return Subject(self.base, concept_of(name), target, self.methods_of(name), load=lambda: self.trainer)
 
-    def lacking(self, name: str, against: Iterable[str], rows: Rows) -> list[str]:
-        """Those of these methods that train nothing, which a target lacks at some strength."""
-        have = {(r["method"], r["strength"]) for r in rows if r["target"] == name}
+    def lacking(self, name: str, against: Iterable[str], have: Had) -> list[str]:
+        """Those of these methods that train nothing, which a target does not have at all their strengths."""
         ways = {method: baseline_way(method, self.subject(name)) for method in against if method in UNTRAINED}
         return [m for m, way in ways.items() if any((way.method.name, s) not in have for s in way.strengths)]
 
-    def run(self, name: str, against: Sequence[str], *, ours: bool, rows: Rows = ()) -> list[dict[str, Any]]:
+    def run(self, name: str, against: Sequence[str], *, ours: bool, have: Had) -> list[dict[str, Any]]:
         """The counts of these methods, and maybe of ours, for one target, whose report is written too.
 
-        At every strength, but for those that the rows have already of methods that train nothing, unless ours are among them.
+        At every strength or, without ours, at those that it does not have.
         """
         subject, folder = self.subject(name), self.out / name
         kind, concept, target = subject.target.kind, subject.concept, subject.target
-        have = set() if ours else {(r["method"], r["strength"]) for r in rows if r["target"] == name}
-        others = [
-            replace(way, strengths=tuple(s for s in way.strengths if (way.method.name, s) not in have) or way.strengths)
-            for way in others_for(subject, against, self.gold)
-        ]
-        others = [replace(w, default=w.default if w.default in w.strengths else w.strengths[-1]) for w in others]
+        ways = others_for(subject, against, self.gold)
+        others = ways if ours else (at_others(way, have) for way in ways)
         told = ["--gold RUN" if method == GOLD else method for method in against]
         report = compare(
             Comparison(self.base, answers_of(name), target, self.evaluator, folder, SAMPLING, gaps=False),
@@ -163,6 +162,12 @@ class Bench:
         )
         write_page(report, folder / "report.html")
         return [counts_of(name, kind, point) for point in points_of(make_report(report))]
+
+
+def at_others(way: Way, have: Had) -> Way:
+    """A way at the strengths that a target does not have; at all where it has each."""
+    lacking = tuple(s for s in way.strengths if (way.method.name, s) not in have) or way.strengths
+    return replace(way, strengths=lacking, default=way.default if way.default in lacking else lacking[-1])
 
 
 def concept_of(target: str) -> Concept:
@@ -442,13 +447,14 @@ def main() -> None:
     for name in args.targets:
         done = known["targets"].get(name, {}).get("against", ())
         asked = {*args.against, *([GOLD] if gold and name in gold.lacks else [])}
-        lacking = bench.lacking(name, asked & {*done}, known["rows"])
+        have = {(r["method"], r["strength"]) for r in known["rows"] if r["target"] == name}
+        lacking = bench.lacking(name, asked & {*done}, have)
         if done and asked <= {*done} and not lacking:
             continue
         against = [b for b in (*BASELINES, GOLD) if b in {*done, *asked}]
         whole = not done or bench.methods_of(name).joinpath(f"{next(iter(OURS))}-0").exists()
         some = [b for b in against if whole or b not in done or b in lacking]
-        new = bench.run(name, some, ours=whole, rows=known["rows"])
+        new = bench.run(name, some, ours=whole, have=have)
         rows = joined(known["rows"], new)
         made = {**known["targets"].get(name, {}), **bench.setting, "against": against}
         if gold and GOLD in against and GOLD not in done:

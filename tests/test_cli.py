@@ -234,13 +234,15 @@ def test_a_run_whose_folder_is_called_like_a_file_leaves_its_patch_there(call: C
     assert load_patch("cat.safetensors").erases == "cat"
 
 
+def out_of_memory(*_: object, **__: object) -> None:
+    """What a device that is full answers."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
 def test_a_picture_that_there_is_no_memory_for_is_left_out_and_the_patch_is_there(
     call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    monkeypatch.setattr("esd_lora.report.draw_run", full)
+    monkeypatch.setattr("esd_lora.report.draw_run", out_of_memory)
     told = call(
         "train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--set", "sample_every=3", "--out", "run", "--quiet"
     )
@@ -592,10 +594,7 @@ def test_an_interrupted_run_says_how_to_go_on(
 def test_a_device_that_is_out_of_memory_is_a_failure_in_one_line(
     call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    monkeypatch.setattr("esd_lora.pictures.generate", full)
+    monkeypatch.setattr("esd_lora.pictures.generate", out_of_memory)
     told = call("generate", "--base", tiny_folder, "--prompt", "a cat", "--out", "pictures", "--quiet")
     hint = "try a smaller --batch-size or --resolution, or --dtype bf16"
     assert (told.code, told.out, told.err) == (1, "", f"error: the device is out of memory: {hint}\n")

@@ -373,15 +373,16 @@ def test_methods_are_compared_at_the_strength_that_keeps_most_and_erases_enough(
 def test_the_benchmark_goes_back_to_a_target_for_the_methods_that_it_lacks(
     script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    benchmark, asked = script("benchmark"), []
+    benchmark, asked, short, had = script("benchmark"), [], [], {}
 
     def row(target: str, method: str, gone: int) -> dict[str, Any]:
         found = {"UA": [gone, 0, 100], "kept": [90, 100, 100]}
         where = {"target": target, "kind": "object", "method": method, "strength": 1, "seed": 0, "label": ""}
         return {**where, "counts": found, "cost": None}
 
-    def run(_: Any, name: str, against: list[str], *, ours: bool, rows: Any) -> list[dict[str, Any]]:
+    def run(_: Any, name: str, against: list[str], *, ours: bool, have: Any) -> list[dict[str, Any]]:
         asked.append((name, against, ours))
+        had[name] = have
         return [row(name, method, 97) for method in ("base", *(["esd_lora"] if ours else []), *against)]
 
     def benchmarked(*against: str) -> dict[tuple[str, str], int]:
@@ -393,17 +394,21 @@ def test_the_benchmark_goes_back_to_a_target_for_the_methods_that_it_lacks(
         return {(r["target"], r["method"]): r["counts"]["UA"][0] for r in rows}
 
     setting = {"ours": {"esd_lora": benchmark.made_by({})}}
-    monkeypatch.setattr(benchmark.Bench, "run", run)
-    monkeypatch.setattr(benchmark.Bench, "setting", setting)
+    fakes = {
+        "run": run,
+        "setting": setting,
+        "lacking": lambda _, name, against, have: [m for m in short if m in against],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(benchmark.Bench, name, fake)
     for name in ("load_base", "EmojiEvaluator"):
         monkeypatch.setattr(benchmark, name, lambda *_, **__: None)
-    short: list[str] = []
-    monkeypatch.setattr(benchmark.Bench, "lacking", lambda _, name, against, rows: [m for m in short if m in against])
-    known = {"targets": {"cat": {**setting, "against": ["sld"]}}}
     rows = [row("cat", method, 50) for method in ("base", "esd_lora", "sld")]
-    (tmp_path / "benchmark.json").write_text(json.dumps({**known, "rows": rows}))
+    known = {"targets": {"cat": {**setting, "against": ["sld"]}}, "rows": rows}
+    (tmp_path / "benchmark.json").write_text(json.dumps(known))
     found = benchmarked("sld", "uce")
     assert asked == [("cat", ["uce"], False), ("dog", ["sld", "uce"], True)]
+    assert had == {"cat": {("base", 1), ("esd_lora", 1), ("sld", 1)}, "dog": set()}  # each its own
     of_cat = {method: gone for (target, method), gone in found.items() if target == "cat"}
     assert of_cat == {"base": 97, "esd_lora": 50, "sld": 50, "uce": 97}
     assert {method for target, method in found if target == "dog"} == {"base", "esd_lora", "sld", "uce"}
@@ -429,20 +434,19 @@ def test_the_benchmark_draws_only_the_strengths_that_a_target_lacks(
     benchmark, drawn = script("benchmark"), []
     base = load_base("emoji", device="cpu")
     bench = benchmark.Bench(base, base, None, tmp_path, 1, None)
-    presets = [{"target": "cat", "method": "SLD", "strength": float(k)} for k in (1, 2, 3, 4)]
+    presets = {("SLD", float(k)) for k in (1, 2, 3, 4)}
     assert bench.lacking("cat", ["sld", "uce"], presets) == ["sld"]
-    every = presets + [{"target": "cat", "method": "SLD", "strength": k} for k in (3.25, 3.5, 3.75)]
-    assert bench.lacking("cat", ["sld"], every) == []
-    assert bench.lacking("dog", ["sld"], every) == ["sld"]
+    assert bench.lacking("cat", ["sld"], presets | {("SLD", k) for k in (3.25, 3.5, 3.75)}) == []
+    assert bench.lacking("cat", ["sld"], {("UCE", 1.0)}) == ["sld"]
 
     def compare(_: Any, ways: list[Any], **__: Any) -> Any:
         drawn.append({way.method.name: way.strengths for way in ways})
         raise InterruptedError
 
     monkeypatch.setattr(benchmark, "compare", compare)
-    for rows in (presets, []):
+    for have in (presets, ()):
         with pytest.raises(InterruptedError):
-            bench.run("cat", ["sld"], ours=False, rows=rows)
+            bench.run("cat", ["sld"], ours=False, have=have)
     assert drawn == [{"SLD": (3.25, 3.5, 3.75)}, {"SLD": (1.0, 2.0, 3.0, 3.25, 3.5, 3.75, 4.0)}]
 
 

@@ -61,8 +61,8 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     source = str(EMOJI) if name == "emoji" else name
     file = single_file(Path(source)) if Path(source).is_file() else None
     path = configs_of(file) if file else index_path(name, source, revision)
-    if not Path(source).exists() and path.parent.parent.name == "snapshots":
-        revision = path.parent.name  # in the Hub's cache: what a branch or tag means today
+    if not Path(source).exists():
+        revision = commit_of(path) or revision  # what a branch or tag means today
     index = read_json(name, "model_index.json", path)
     family = family_of(name, index)
     kind = getattr(diffusers, index["_class_name"])
@@ -165,6 +165,11 @@ def index_path(name: str, source: str, revision: str | None) -> Path:
     if not (folder / "model_index.json").is_file():
         raise BaseModelError(f"{name}: no model_index.json in this folder, so it is not a diffusers pipeline")
     return folder / "model_index.json"
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit that a file on top of a snapshot in the Hub's cache is of; None for a file that lies elsewhere."""
+    return path.parent.name if path.parent.parent.name == "snapshots" else None
 
 
 def configs_of(file: SingleFile) -> Path:

@@ -16,6 +16,7 @@ the others'.) The weights go into the package, the accuracies beside them, with 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ def blanks(per_style: int) -> np.ndarray:
     return np.stack([np.asarray(p.resize((PX, PX), Image.Resampling.BOX)) for p in drawn])
 
 
+@functools.cache
 def made_of(work: Path) -> str:
     """A digest of all that the networks are trained on."""
     sources = ("pictures.npz", "test.npz", "art.npz", "vae/diffusion_pytorch_model.safetensors")

@@ -13,6 +13,7 @@ checkpoint every 250 steps; `--resume` goes on from it as if never stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+@functools.cache
 def made_of(work: Path) -> str:
     """A digest of all that the network is trained on."""
     return checkpoint.digest(work / "typical.npz", work / "vae" / "diffusion_pytorch_model.safetensors")
