@@ -462,8 +462,9 @@ def of_targets(n: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def left(k: int, erased: int, kept: int) -> dict[str, Any]:
-    """What so many patches, trained one after another, leave and keep."""
-    answers = {"erased": {"cat": (erased, 100)}, "objects": {"dog": (kept, 100)}, "styles": {"neon": (100, 100)}}
+    """What so many patches, trained one after another, leave of five things, and keep."""
+    things = dict.fromkeys(("cat", "bus", "book", "star", "moon"), (erased, 100))
+    answers = {"erased": things, "objects": {"dog": (kept, 100)}, "styles": {"neon": (100, 100)}}
     return {"way": "sequential", "weight": 1, "k": k, "run": 0, "answers": answers}
 
 
@@ -484,9 +485,9 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     def told() -> list[str]:
         return [line.split(" | ")[1] for line in list(script("facts").lines_of(script("facts").Measured(tmp_path)))[2:]]
 
-    assert told() == ["not measured"] * 8
+    assert told() == ["not measured"] * 10
     write("stacking.json", [left(1, 50, 50), left(2, 1, 99)])  # nothing to compare two patches with
-    assert told() == ["not measured"] * 8
+    assert told() == ["not measured"] * 10
     (through,) = script("frontier").KNOWN  # of the guards that the attacker has to know of
     rows = [
         counts("ESD-x, fine-tuned", "style", 1.0, UA=98, IRA=80, CRA=93, near=20, far=60),
@@ -501,9 +502,9 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
         "frontier.json",
         [inverted("keyed", 50), inverted(through, 50), inverted("base", 1), inverted("keyed", 1, k=8)],
     )
-    write("stacking.json", [left(1, 50, 50), left(2, 1, 99), left(16, 30, 40)])
+    write("stacking.json", [left(1, 1, 50), left(2, 1, 99), left(16, 30, 40)])
     write("attacks/cat/attacks.json", evidence)
-    assert told() == ["holds"] * 8
+    assert told() == ["holds"] * 10
     rows[0]["counts"]["near"] = [70, 90, 100]
     rows.append({**counts("ESD-x, fine-tuned", "object", 1.0, far=99), "target": "without neighbours"})
     rows[2]["counts"]["UA"] = [99, 100, 100]
@@ -512,17 +513,27 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     write("frontier.json", [inverted("keyed", 50), inverted(through, 2)])
     write("stacking.json", [left(2, 1, 99), left(16, 30, 99)])
     write("attacks/cat/attacks.json", evidence)
-    no, unclear = "does not hold", "not shown"
-    assert told() == ["holds", "holds", no, unclear, "holds", unclear, unclear, no]
+    yes, no, unclear = "holds", "does not hold", "not shown"
+    assert told() == [yes, yes, yes, no, unclear, yes, yes, unclear, unclear, no]
     write("frontier.json", [inverted("SLD max", 2), inverted("SLD strong", 2), inverted(through, 50)])
-    assert told()[1] == "not measured"
-    assert told()[3] == "holds"
+    assert told()[2] == "not measured"
+    assert told()[4] == yes
     write("frontier.json", [inverted("keyed", 50), inverted(through, 2)])
     write("stacking.json", [left(2, 30, 99), left(16, 1, 40)])
     again[0]["controls"] = [trial("by name", 45)]
     completions[0]["controls"] = [trial("gold base", 50)]
     write("attacks/cat/attacks.json", evidence)
-    assert told() == ["holds", "holds", no, unclear, no, no, no, no]
+    assert told() == [yes, yes, yes, no, unclear, no, no, yes, no, no]
+
+
+@pytest.mark.parametrize(("erased", "verdict"), [(90, "holds"), (89, "does not hold")])
+def test_a_style_is_not_erased_by_a_low_rate(
+    erased: int, verdict: str, script: Callable[[str], Any], tmp_path: Path
+) -> None:
+    rows = [counts("ESD-x, fine-tuned", "style", 1.0, UA=erased, IRA=80, CRA=93)]
+    (tmp_path / "benchmark.json").write_text(json.dumps(of_targets(5, rows)))
+    _, _, first, *_ = script("facts").lines_of(script("facts").Measured(tmp_path))
+    assert first.split(" | ")[1] == verdict
 
 
 @pytest.mark.parametrize(
