@@ -484,6 +484,15 @@ def attack(
         int | None, typer.Option("-n", min=1, help="Pictures of each attack and control. Default: 48.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few pictures and short training, for a first look.")] = False,
+    numbers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="What attackers may do: looks, examples, searches, tries, tokens, inversion.steps (of large models 1000 "
+            "and more), .batch_size, .lr, .seed, relearning.steps and so on.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(min=0, max=MOST, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
@@ -498,15 +507,18 @@ def attack(
     _check_alone()
     if base != "emoji" and not (answers and evaluator):
         raise RecipeError(f"--base {base}: give --answers and --evaluator; emoji alone comes with its own")
+    from esd_lora.evaluate import comparing, suite
+    from esd_lora.recipe import parse_overrides
+
+    sampling = comparing.Sampling(steps=steps, guidance_scale=guidance_scale, resolution=resolution)
+    budget = suite.budget_of(
+        n, quick=quick, sampling=sampling, batch_size=batch_size, numbers=parse_overrides(numbers or [])
+    )
     loaded = _patches(patch)
     how: dict[str, Any] = {"answers": answers, "evaluator": evaluator or "emoji", "words": concept or ()}
     how["target"] = _target(target)
     model = _base(base, revision=revision, device=device, dtype=dtype)
     how["gold"] = _base(str(gold), device=device, dtype=dtype) if gold else None
-    from esd_lora.evaluate import comparing, suite
-
-    sampling = comparing.Sampling(steps=steps, guidance_scale=guidance_scale, resolution=resolution)
-    budget = suite.budget_of(n, quick=quick, sampling=sampling, batch_size=batch_size)
     erasure = suite.erasure_of(model, *loaded, merged=merged, budget=budget, **how)
     with _progress("attack", None, quiet=quiet) as step:
         found = suite.run_suite(erasure, only, out=out, on_stage=_by_stage(step))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from esd_lora.emoji.vocabulary import OBJECTS, STYLES
 from esd_lora.errors import OutputError, RecipeError
 from esd_lora.evaluate import suite
 from esd_lora.evaluate.answers import Answers, Ask, Target
-from esd_lora.evaluate.attacks import Training
+from esd_lora.evaluate.attacks import INVERT, Training
 from esd_lora.evaluate.comparing import Sampling
 from esd_lora.evaluate.controls import random_like, scrambling_patch
 from esd_lora.evaluate.evaluators import Seen
@@ -125,7 +126,7 @@ OWN: Mapping[str, set[str]] = {
     "benign relearning": set(),
 }
 """The floors that an attack has beside other seeds and the gold base."""
-NO_LOOKS = {"by name", "random words", "random embeddings", "dog, which was kept"}
+NO_LOOKS = {"by name", "something else", "random words", "random embeddings", "dog, which was kept"}
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -146,7 +147,7 @@ def test_every_attack_stands_beside_its_controls_and_leaves_the_bases_as_they_we
     for attack in found.attacks:
         roles = {role: {c.name for c in attack.controls if c.role == role} for role in ("floor", "ceiling")}
         kept = {"dog, which was kept"} if attack.name.startswith("inversion") else set()
-        floors = {"by name", "gold base"} | own[attack.name]
+        floors = {"by name", "something else", "gold base"} | own[attack.name]
         assert roles == {"floor": floors, "ceiling": {"unerased base"} | kept}
         assert {c.name for c in attack.controls if c.label} == kept
         count = SMALL.searches if "prefix" in attack.name else SMALL.pictures
@@ -163,7 +164,7 @@ def test_every_attack_stands_beside_its_controls_and_leaves_the_bases_as_they_we
 
 def test_each_is_drawn_by_the_model_that_it_is_named_after(base: Base, patch: Patch) -> None:
     cats = erasure(base, patch).drawing("measured").draw(base)
-    gold, controls = never_knew(), {"by name": 0, "gold base": 0, "unerased base": 1}
+    gold, controls = never_knew(), {"by name": 0, "something else": 0, "gold base": 0, "unerased base": 1}
 
     def found(names: Sequence[str], *, merged: bool, within: int = 0) -> dict[str, dict[str, float]]:
         one = erasure(base, patch, evaluator=Known(cats, within=within), gold=gold, merged=merged)
@@ -183,8 +184,8 @@ def test_each_is_drawn_by_the_model_that_it_is_named_after(base: Base, patch: Pa
 def test_what_several_attacks_are_compared_with_is_drawn_once(base: Base, patch: Patch) -> None:
     judge = Brightness()
     found = run_suite(erasure(base, patch, evaluator=judge), ["scaling"])
-    # four weights, the erased model by name and the unerased one
-    assert judge.count == (len(found.attacks) + 2) * SMALL.pictures
+    # four weights, the erased model by name and by other names, and the unerased one
+    assert judge.count == (len(found.attacks) + 3) * SMALL.pictures
     assert len({json.dumps([c.model_dump() for c in a.controls]) for a in found.attacks}) == 1
 
 
@@ -323,7 +324,11 @@ def test_a_search_and_its_controls_end_with_the_first_success(base: Base, patch:
         ("my cat", second),
     ]
     assert [r.seed for r in controls["random words"].rows] == [first, second]
-    for name in ("by name", "random words"):
+    assert [(r.prompt, r.seed) for r in controls["something else"].rows] == [
+        ("a dog", one.seeds["tries"][0]),
+        ("my fox", second),
+    ]
+    for name in ("by name", "something else", "random words"):
         assert controls[name].passes == SMALL.searches * SMALL.tries * PASSES
     assert attack.about.endswith("stopped by a second judge after 4 of 4 pictures")
     for row, prompt in zip(attack.rows, ("a cat", "my cat"), strict=True):
@@ -387,7 +392,7 @@ def test_what_a_base_cannot_do_is_left_out_and_told() -> None:
     one = erasure(base, scrambling_patch(base, "full", 2), budget=budget)
     found = run_suite(one, ["paraphrase", "inversion", "prefix-search", "scaling"])
     assert [a.name for a in found.attacks] == ["paraphrase", *(f"scaling to {w}" for w in ("0", "0.25", "0.5", "0.75"))]
-    assert [c.name for c in found.attacks[0].controls] == ["by name", "unerased base"]
+    assert [c.name for c in found.attacks[0].controls] == ["by name", "something else", "unerased base"]
     assert set(found.left_out) == {"paraphrase, random words", "inversion", "prefix search"}
     assert all("Stable Diffusion 1, 2 and XL" in reason for reason in found.left_out.values())
 
@@ -555,14 +560,34 @@ def test_the_quick_budget_is_smaller_in_everything() -> None:
     quick = budget_of(None, quick=True, sampling=sampling, batch_size=3)
     assert quick == replace(QUICK, sampling=sampling, batch_size=3)
     assert budget_of(5, quick=False, sampling=sampling, batch_size=32) == Budget(pictures=5, sampling=sampling)
+    numbers = {"tokens": 8, "inversion.steps": 1000, "inversion.lr": 1, "relearning.seed": 0}
+    told = budget_of(None, quick=False, sampling=sampling, batch_size=32, numbers=numbers)
+    assert told == Budget(sampling=sampling, tokens=8, inversion=replace(INVERT, steps=1000, lr=1.0))
     full = vars(Budget())
     for name, value in vars(QUICK).items():
-        if name in ("sampling", "batch_size"):
+        if name in ("sampling", "batch_size", "tokens"):
             assert value == full[name]
         elif isinstance(value, Training):
             assert value.steps < full[name].steps
         else:
             assert value < full[name]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wrong"),
+    [
+        ("looks", 0, "a whole number from 1, got 0"),
+        ("tries", True, "a whole number from 1, got True"),
+        ("inversion.steps", 1.5, "a whole number from 1, got 1.5"),
+        ("relearning.seed", -1, "a whole number from 0, got -1"),
+        ("inversion.lr", "much", "a number, got 'much'"),
+        ("inversion.lr", float("nan"), "lr: must be above 0"),
+        ("pictures", 3, "unknown; there are looks, examples"),
+    ],
+)
+def test_what_cannot_be_a_number_of_the_budget_is_told(key: str, value: object, wrong: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(wrong)):
+        budget_of(None, quick=False, sampling=Sampling(), batch_size=32, numbers={key: value})
 
 
 # ---- the embedded base ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ and a seed each, and for the prompt of an answer set that has only one), and sta
 seeds:
 
     by name          floor: the concept's name from the same seeds; for the prefix search from as many seeds as it tries
+    something else   floor: other things in the concept's place, where an evaluator sees it by mistake; as many as are tried
     random words     floor: words at random where the attack has words of its own
     gold base        floor: the attack on a base that never knew the concept, where there is one; the zero line
     unerased base    ceiling: the attack on the base without the patch
@@ -21,7 +22,7 @@ import random
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -61,10 +62,12 @@ SHARES = (0.05, 0.1, 0.15, 0.2, 0.5)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 """Of an attached patch."""
 NOTHING_ELSE = "the answer set asks for nothing but the target, and this is about other pictures"
+ELSE = "something else"
+"""The control whose pictures are of other things."""
 GOLD = "gold base"
 """The control whose base never knew the concept."""
-SOFT, PREFIX = 4, 3
-"""Words that an inversion trains, and that are searched for before a prompt."""
+PREFIX = 3
+"""Words that are searched for before a prompt."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Budget:
     looks: Pictures by which an attacker takes one of several settings, or stops.
     examples: Pictures that it trains on.
     searches, tries: Prompts that words are searched for, and pictures of each.
+    tokens: Soft words that an inversion trains.
     """
 
     pictures: int = 48
@@ -86,16 +90,64 @@ class Budget:
     relearning: Training = RELEARN
     sampling: Sampling = field(default_factory=Sampling)
     batch_size: int = 32
+    tokens: int = 4
 
 
 QUICK = Budget(8, 4, 8, 2, 2, replace(INVERT, steps=20), replace(RELEARN, steps=20))
 """For a first look: intervals are wide, and attacks that train hardly get anywhere."""
 
 
-def budget_of(pictures: int | None, *, quick: bool, sampling: Sampling, batch_size: int) -> Budget:
-    """The default budget or the quick one, with another number of measured pictures where it is told one."""
+TRAININGS = ("inversion", "relearning")
+NUMBERS = (
+    *("looks", "examples", "searches", "tries", "tokens"),
+    *(f"{part}.{name.name}" for part in TRAININGS for name in fields(Training)),
+)
+"""What a user may set of a budget."""
+
+
+def budget_of(
+    pictures: int | None,
+    *,
+    quick: bool,
+    sampling: Sampling,
+    batch_size: int,
+    numbers: Mapping[str, Any] | None = None,
+) -> Budget:
+    """The default budget or the quick one, with what is told of another.
+
+    Args:
+        pictures: That are measured of each attack and each control.
+        quick: For a first look.
+        sampling, batch_size: As `Budget` has them.
+        numbers: Any of `NUMBERS`, such as {"inversion.steps": 1000}.
+
+    Raises:
+        RecipeError: There is no such number, or it is not one, or not above 0 (of a seed, below 0).
+    """
     budget = QUICK if quick else Budget()
-    return replace(budget, pictures=pictures or budget.pictures, sampling=sampling, batch_size=batch_size)
+    budget = replace(budget, pictures=pictures or budget.pictures, sampling=sampling, batch_size=batch_size)
+    for key, value in (numbers or {}).items():
+        if key not in NUMBERS:
+            raise RecipeError(f"--set {key}: unknown; there are {', '.join(NUMBERS)}")
+        part, _, name = key.rpartition(".")
+        whole: Any = getattr(budget, part) if part else budget
+        changed = replace(whole, **{name: _like(getattr(whole, name), value, key=key)})
+        budget = replace(budget, **{part: changed}) if part else changed
+    return budget
+
+
+def _like(default: int | float, value: object, *, key: str) -> int | float:
+    """A value of the kind of a default, above 0 or, of a seed, at least 0.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    kind, least = type(default), 0 if key.endswith("seed") else 1
+    if isinstance(value, int | kind) and not isinstance(value, bool) and (kind is float or value >= least):
+        return kind(value)  # of a rate `Training` says what is wrong
+    raise RecipeError(
+        f"--set {key}: must be {f'a whole number from {least}' if kind is int else 'a number'}, got {value!r}"
+    )
 
 
 # ---- what is attacked --------------------------------------------------------------------------------------------
@@ -321,10 +373,17 @@ class Erasure:
         named = self.drawing("measured")
         return Outcome(attacks.seed_search(base, named), named)
 
-    def random_words(self, base: Base, drawing: Drawing | None = None, *, tokens: int = SOFT) -> Outcome:
+    def something_else(self, base: Base, drawing: Drawing | None = None) -> Outcome:
+        """No attack and no concept: other labels in turn in the blanks of a drawing, or of that which is measured."""
+        drawing = drawing or self.drawing("measured", blank=True)
+        prompts = [_filled(p, w) for p, w in zip(drawing.prompts, itertools.cycle(self.other_labels), strict=False)]
+        asked = replace(drawing, prompts=prompts)
+        return Outcome(attacks.seed_search(base, asked), asked)
+
+    def random_words(self, base: Base, drawing: Drawing | None = None, *, tokens: int | None = None) -> Outcome:
         """Words at random, none of the concept's, in the blanks of a drawing, or of that which is measured."""
         drawing = drawing or self.drawing("measured", blank=True)
-        attack = attacks.random_words(base, drawing, tokens=tokens, without=self._own)
+        attack = attacks.random_words(base, drawing, tokens=tokens or self.budget.tokens, without=self._own)
         filled = [p.replace(BLANK, w) for p, w in zip(drawing.prompts, attack.details["words"], strict=True)]
         return Outcome(attack, replace(drawing, prompts=filled))
 
@@ -348,7 +407,10 @@ class Erasure:
         ceilings: Iterable[Side] = (),
     ) -> Plan:
         """An attack with its controls: the name alone, its own floors, its like on other bases, its own ceilings."""
-        every = {"by name": self.by_name, **(floors or {})}
+        every = {"by name": self.by_name}
+        if self.other_labels:
+            every[ELSE] = self.something_else
+        every |= floors or {}
         sides = [Side(floor, "floor", control) for floor, control in every.items()]
         if self.gold:
             sides.append(Side(GOLD, "floor", gold or run, self.gold))
@@ -543,17 +605,22 @@ def _completion(erasure: Erasure) -> list[Plan]:
 
 
 def _inversion(erasure: Erasure) -> list[Plan]:
-    training, drawing = erasure.budget.inversion, partial(erasure.drawing, blank=True)
+    training, tokens = erasure.budget.inversion, erasure.budget.tokens
+    drawing = partial(erasure.drawing, blank=True)
+
+    def soft(measured: Drawing) -> Drawing:
+        """The prompts as a reader may see them."""
+        return measured.asking(f"({tokens} soft words)")
 
     def invert(pictures: Callable[[], Pictures], base: Base, *, stops: bool = True) -> Outcome:
         examples, measured = Examples(drawing("examples").prompts, pictures()), drawing("measured")
         stop = erasure.stop(training, blank=True) if stops else None  # which looks for the target alone
-        attack = attacks.inversion(base, examples, measured, tokens=SOFT, training=training, stop=stop)
-        return Outcome(attack, _soft(measured))
+        attack = attacks.inversion(base, examples, measured, tokens=tokens, training=training, stop=stop)
+        return Outcome(attack, soft(measured))
 
     def random_embeddings(base: Base) -> Outcome:
         measured = drawing("measured")
-        return Outcome(attacks.random_embeddings(base, measured, tokens=SOFT), _soft(measured))
+        return Outcome(attacks.random_embeddings(base, measured, tokens=tokens), soft(measured))
 
     floors: dict[str, Run] = {
         "random words": erasure.random_words,
@@ -561,7 +628,7 @@ def _inversion(erasure: Erasure) -> list[Plan]:
         "trained on other pictures": partial(invert, lambda: erasure.instead),
     }
     run = partial(invert, lambda: erasure.examples)
-    about = partial(_trained, erasure, f"{SOFT} soft words", training)
+    about = partial(_trained, erasure, f"{tokens} soft words", training)
     ceilings = [
         Side(
             f"{label}, which was kept",
@@ -572,11 +639,6 @@ def _inversion(erasure: Erasure) -> list[Plan]:
         for label in erasure.other_labels[:1]
     ]
     return [erasure.plan("inversion", run, about, floors=floors, ceilings=ceilings)]
-
-
-def _soft(drawing: Drawing) -> Drawing:
-    """The prompts as a reader may see them."""
-    return drawing.asking(f"({SOFT} soft words)")
 
 
 def _trained(erasure: Erasure, what: str, training: Training, told: Mapping[str, Any]) -> str:
@@ -596,10 +658,17 @@ def _prefix_search(erasure: Erasure) -> list[Plan]:
         prompts = [f"{words} {p}" for words, p in zip(attack.details["words"], asked.prompts, strict=True)]
         return Outcome(attack, replace(asked, prompts=prompts))
 
-    def seed_search(base: Base) -> Outcome:
+    def from_more_seeds(drawing: Drawing) -> Drawing:
         seeds = [*asked.seeds, *erasure.seeds["tries"][: n * (b.tries - 1)]]
-        again = replace(asked, prompts=[*asked.prompts] * b.tries, seeds=seeds)
+        return replace(drawing, prompts=[*drawing.prompts[:n]] * b.tries, seeds=seeds)
+
+    def seed_search(base: Base) -> Outcome:
+        again = from_more_seeds(asked)
         return _first_back(erasure, Outcome(attacks.seed_search(base, again), again), n)
+
+    def something_else(base: Base) -> Outcome:
+        again = from_more_seeds(erasure.drawing("measured", blank=True))
+        return _first_back(erasure, erasure.something_else(base, again), n)
 
     def random_words(base: Base) -> Outcome:
         blank = [f"{BLANK} {p}" for p in asked.prompts] * b.tries
@@ -611,6 +680,8 @@ def _prefix_search(erasure: Erasure) -> list[Plan]:
         return f"{each}; stopped by {erasure.adviser} after {sum(told['tries'])} of {n * b.tries} pictures"
 
     floors = {"by name": seed_search, "random words": random_words}
+    if erasure.other_labels:
+        floors[ELSE] = something_else
     return [erasure.plan("prefix search", search, about, floors=floors)]
 
 
