@@ -28,7 +28,7 @@ from esd_lora.errors import EsdLoraError, OutputError, PatchError, RecipeError
 
 if TYPE_CHECKING:
     from esd_lora.bases import Base
-    from esd_lora.evaluate.answers import Target
+    from esd_lora.evaluate.page import Target
     from esd_lora.patch import Outline, Patch
     from esd_lora.recipe import Recipe
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from esd_lora.bases.base import Base
 from esd_lora.compose import attached, check_fits
 from esd_lora.emoji.evaluators import load_evaluator
-from esd_lora.emoji.vocabulary import ACCESSORY, NEIGHBOURS, OBJECTS, STYLES, WEARERS
+from esd_lora.emoji.vocabulary import ACCESSORY, ACCESSORY_FORMS, NEIGHBOURS, OBJECTS, STYLES, WEARERS
 from esd_lora.errors import RecipeError
 from esd_lora.evaluate.scores import (
     AttributeScores,
@@ -187,11 +187,11 @@ def targets_of(patch: Patch) -> list[tuple[str, str | None]]:
     canonical = {form: name for forms in (OBJECTS, STYLES) for name in forms for form in (name, *forms[name])}
     found: list[tuple[str, str | None]] = []
     for concept in patch.concepts:
-        name = canonical.get(concept["erase"].removesuffix(" style"))
-        wearer = next((w for w in WEARERS if w in (concept["from"] or "").split()), None)
+        name = canonical.get(concept["erase"].lower().removesuffix(" style"))
+        wearer = next((w for w in WEARERS if w in (concept["from"] or "").lower().split()), None)
         if name:
             found.append((name, None))
-        elif concept["erase"] == ACCESSORY and wearer:
+        elif concept["erase"].lower() in ACCESSORY_FORMS and wearer:
             found.append((ACCESSORY, wearer))
         else:
             raise RecipeError(f"the evaluators of emoji do not know {concept['erase']!r}")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -135,6 +135,8 @@ def draw_questions(
 ) -> list[Question]:
     """The same prompts drawn from the same noise by the bare base and with each patch, as questions.
 
+    All are drawn as the first patch's recipe has it: of its size, and without guidance where it goes without.
+
     Args:
         base: The model, called `base` among the methods; bare again afterwards.
         patches: A patch and its weight by the name of the method.
@@ -154,14 +156,16 @@ def draw_questions(
             f"--patch {BARE}: is what a study calls the base alone; name the patch otherwise, as in ./{BARE}"
         )
     from esd_lora.compose import attached  # scoring, which draws nothing, does without torch
-    from esd_lora.pictures import generate
+    from esd_lora.pictures import drawn_by, generate
 
     every = [(p, seed + k) for p in prompts for k in range(n)]
+    first = next((patch for patch, _ in patches.values()), None)
+    drawn = drawn_by(first.info.get("recipe", {})) if first else {}
     questions = []
     ways: dict[str, list[tuple[Patch, float]]] = {BARE: [], **{name: [added] for name, added in patches.items()}}
     for method, added in ways.items():
         with attached(base, [patch for patch, _ in added], [weight for _, weight in added]):
-            how: dict[str, Any] = {"batch_size": batch_size, "on_batch": on_batch}
+            how = {"batch_size": batch_size, "on_batch": on_batch, **drawn}
             pictures = generate(base, [p for p, _ in every], [s for _, s in every], **how)
         questions += [Question(x, method, p, reference) for x, (p, _) in zip(pictures, every, strict=True)]
     return questions

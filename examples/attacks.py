@@ -20,8 +20,10 @@ from demo import esd_lora
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from esd_lora.evaluate.page import ATTACKS as EVIDENCE
+from esd_lora.evaluate.page import Evidence, read_evidence
 from esd_lora.evaluate.rates import Rate
-from esd_lora.evaluate.suite import ATTACKS, Evidence, Result, read_evidence, results_of
+from esd_lora.evaluate.suite import ATTACKS, Result, results_of
 from esd_lora.patch import FILE_NAME, write_file
 
 TRAINED: Mapping[str, Sequence[str]] = {
@@ -41,7 +43,8 @@ HEAD = """# What brings a concept back
 
 By `python examples/attacks.py`: how often the evaluator sees the erased concept under attack, per cent with 95 % intervals of
 the pictures. *Floor*: the highest of the controls that do without the attack's idea: asking by name from the same seeds (for
-the prefix search from as many as it tries), random words, training on other pictures. *Beyond*: what the attack found that its
+the prefix search from as many as it tries), asking for other things, where an evaluator sees it by mistake, random words,
+training on other pictures. *Beyond*: what the attack found that its
 floor did not, with Newcombe's interval; one that holds 0 has found nothing. *Gold*: the same attack on a base that was trained
 without the concept, which is one of the floors. *Ceiling*: the same attack on the unerased base. Passes are latents through
 the denoiser, a backward pass counted as two. Each attack that trains was run once: how far another start would come is not in
@@ -61,7 +64,7 @@ def made(name: str, out: Path, only: Sequence[str], gold: Path | None) -> Eviden
         if wanted:
             asked = [word for attack in wanted for word in ("--only", attack)]
             esd_lora("attack", "--base", "emoji", "--patch", str(patch), "--out", str(folder), *zero, *how, *asked)
-    return read_evidence(folder)
+    return read_evidence(folder) if (folder / EVIDENCE).exists() else None
 
 
 def table(results: Sequence[Result]) -> list[str]:

@@ -28,10 +28,10 @@ from matplotlib.figure import Figure
 
 from esd_lora.bases import Base, load_base, quick_dtype
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES
-from esd_lora.evaluate.answers import Answers, Group, Target, emoji_answers, some_of
+from esd_lora.evaluate.answers import Answers, emoji_answers, some_of
 from esd_lora.evaluate.comparing import Comparison, Sampling, compare
 from esd_lora.evaluate.evaluators import EmojiEvaluator
-from esd_lora.evaluate.page import Point, make_report, points_of, write_page
+from esd_lora.evaluate.page import Group, Point, Target, make_report, points_of, write_page
 from esd_lora.evaluate.rates import Rate, cluster_bootstrap, wilson
 from esd_lora.evaluate.ways import BASELINES, ON_EMOJI, Subject, Way, baseline_way, control_ways, gold_way, patch_way
 from esd_lora.patch import write_file

@@ -26,7 +26,7 @@ from esd_lora.emoji.vocabulary import STYLES, prompt
 from esd_lora.errors import BaseModelError, PatchError, RecipeError
 from esd_lora.evaluate import comparing as module
 from esd_lora.evaluate import ways
-from esd_lora.evaluate.answers import Answers, Ask, Target, emoji_answers
+from esd_lora.evaluate.answers import Answers, Ask, emoji_answers
 from esd_lora.evaluate.comparing import (
     Comparison,
     Sampling,
@@ -40,7 +40,7 @@ from esd_lora.evaluate.comparing import (
 )
 from esd_lora.evaluate.drift import kid
 from esd_lora.evaluate.evaluators import Clip, Seen
-from esd_lora.evaluate.page import Method, Row, make_report, points_of, write_page
+from esd_lora.evaluate.page import Method, Row, Target, make_report, points_of, write_page
 from esd_lora.evaluate.ways import BASELINES, Subject, baseline_way
 from esd_lora.folder import locked
 from esd_lora.patch import Patch
@@ -261,9 +261,9 @@ def test_controls_are_of_every_kind_though_prompts_come_style_by_style(target: s
         assert len({w["object"] for w in kept}) > 8
 
 
-def test_a_page_shows_each_way_at_its_default_without_controls(subject: Subject, patch: Patch) -> None:
+def test_a_page_shows_the_first_way_at_all_weights_and_others_at_their_own(subject: Subject, patch: Patch) -> None:
     found = ways_of(subject, {"runs/cat": patch}, weights=[0.5, 0.9], against=["sld"])
-    assert [(p.method, p.strength) for p in shown_places(found)] == [("cat", 0.9), ("SLD", 2.0)]
+    assert [(p.method, p.strength) for p in shown_places(found)] == [("cat", 0.9), ("cat", 0.5), ("SLD", 2.0)]
 
 
 def test_a_patch_in_the_folder_that_one_is_in_has_its_name(

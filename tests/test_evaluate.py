@@ -89,6 +89,15 @@ def test_one_concept_in_several_phrasings_is_measured_once() -> None:
     assert targets_of(patch) == [("neon", None), ("cat", None)]
 
 
+def test_a_concept_is_known_however_it_is_written() -> None:
+    hat = {"erase": "Birthday hat", "from": "a Cat with a birthday hat"}
+    assert targets_of(patch_of({"erase": "Kitty"}, {"erase": "Neon Style"}, hat)) == [
+        ("cat", None),
+        ("neon", None),
+        ("party hat", "cat"),
+    ]
+
+
 def test_a_patch_that_the_evaluators_do_not_know_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"^the evaluators of emoji do not know 'Van Gogh'$"):
         targets_of(patch_of({"erase": "Van Gogh"}))

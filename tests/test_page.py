@@ -702,6 +702,25 @@ def test_troubles_are_noticed(browser: Browser, tmp_path: Path) -> None:
     assert all(word in found for word in ("boom", "warning", "http://localhost:1/x", "pixels too wide"))
 
 
+def test_controls_that_do_not_do_what_they_must_are_told(tmp_path: Path) -> None:
+    """One that changes nothing may move pictures by a twentieth of what other noise does, for batches round otherwise."""
+    values = sample(tmp_path)
+    values["methods"] += [{"name": n, "role": "control"} for n in ("null", "scrambling")]
+    bare = [row for row in values["rows"] if row["method"] == "base"]
+    ruined = {"object": "other", "style": "other"}
+
+    def told(drift: float, seen: dict[str, str] | None) -> list[str]:
+        rows = [{**row, "method": "null", "drift": drift} for row in bare]
+        rows += [{**row, "method": "scrambling", "seen": seen or row["seen"]} for row in bare]
+        write_page({**values, "rows": [*values["rows"], *rows]}, tmp_path / "page.html")
+        return re.findall(r'data-is="doubt">([^<.:]*)', (tmp_path / "page.html").read_text())
+
+    moved, kept = "A patch of zeros moved the pictures", "A patch that ruins every picture keeps all"
+    assert told(0.025, ruined) == []
+    assert told(0.03, ruined) == [moved]
+    assert told(0.0, None) == [kept]
+
+
 def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path) -> None:
     values = sample(tmp_path)
     (tmp_path / "report.json").write_text(json.dumps(values))
@@ -709,7 +728,8 @@ def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path
     assert (told.code, told.err) == (0, "")
     assert (tmp_path / "report.html").read_bytes() == write_page(values, tmp_path / "again.html").read_bytes()
     attacks = [{**values["attacks"][0], "name": "found beside it"}]
-    evidence = {"schema": 1, "attacks": attacks, "left_out": {"inversion": "no room beside it"}}
+    evidence: dict[str, Any] = {"schema": 1, "base": "emoji", "target": values["target"], "evaluator": "emoji, 1"}
+    evidence |= {"patches": [], "settings": {}, "attacks": attacks, "left_out": {"inversion": "no room beside it"}}
     (tmp_path / "attacks.json").write_text(json.dumps(evidence))
     assert call("report", tmp_path).code == 0
     page = (tmp_path / "report.html").read_text()
@@ -739,6 +759,11 @@ def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path
         assert call("report", tmp_path).code == 0
         page = (tmp_path / "report.html").read_text()
         assert ("found beside it" in page, f"are on another {other}" in page) == (not other, bool(other))
+    for wrong in ({"settings": []}, {"patches": ["x"]}, {"patches": 5}, {"schema": 2}):
+        (tmp_path / "attacks.json").write_text(json.dumps({**evidence, **wrong}))
+        told = call("report", tmp_path)
+        message = "not what `attack` writes; remove it, or choose another folder"
+        assert (told.code, told.err) == (2, f"error: {tmp_path}/attacks.json: {message}\n")
     for text, message in [
         ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("[]", "not a report, which is a JSON object"),

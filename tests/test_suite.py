@@ -15,31 +15,30 @@ import pytest
 import torch
 import yaml
 from conftest import Call
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from test_attacks import state_of, tiny, unchanged
 
 from esd_lora.bases import Base, base_of, load_base
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES
-from esd_lora.errors import OutputError, RecipeError
+from esd_lora.errors import OutputError, RecipeError, UserError
 from esd_lora.evaluate import suite
-from esd_lora.evaluate.answers import Answers, Ask, Target
+from esd_lora.evaluate.answers import Answers, Ask
 from esd_lora.evaluate.attacks import INVERT, Training
 from esd_lora.evaluate.comparing import Sampling
 from esd_lora.evaluate.controls import random_like, scrambling_patch
 from esd_lora.evaluate.evaluators import Seen
-from esd_lora.evaluate.page import ATTACKS, Attack, read_report, write_page
+from esd_lora.evaluate.page import ATTACKS, Attack, Evidence, Target, read_evidence, read_report, write_page
 from esd_lora.evaluate.suite import (
     FIRST_SEED,
     QUICK,
     Budget,
     Erasure,
-    Evidence,
     attack_table,
     budget_of,
     erasure_of,
     misspellings,
     names_of,
-    read_evidence,
     results_of,
     run_suite,
 )
@@ -397,6 +396,48 @@ def test_what_a_base_cannot_do_is_left_out_and_told() -> None:
     assert all("Stable Diffusion 1, 2 and XL" in reason for reason in found.left_out.values())
 
 
+def test_what_could_not_be_made_once_is_made_again(
+    base: Base, patch: Patch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An attack that a device has no room for, and a control of another: the others are made, and told what is missing."""
+    one, relearning = erasure(base, patch), suite.attacks.relearning
+
+    def full(on: Base, *given: Any, **how: Any) -> Any:
+        if any(isinstance(m, BaseTunerLayer) for m in on.denoiser.modules()):
+            raise torch.OutOfMemoryError("tried to allocate")
+        return relearning(on, *given, **how)
+
+    monkeypatch.setattr(suite.attacks, "relearning", full)
+    names = ["relearning", "scaling"]
+    found = run_suite(one, names, out=tmp_path)
+    reason = "the device has not enough memory; try a smaller --batch-size"
+    assert found.left_out == {"relearning": reason, "benign relearning": reason}
+    assert len(found.attacks) == 4
+    monkeypatch.undo()
+    found = run_suite(one, names, out=tmp_path)
+    assert found.left_out == {}
+    assert len(found.attacks) == 6
+
+
+def test_the_ceiling_is_the_base_and_no_other_concept(base: Base, patch: Patch) -> None:
+    found = run_suite(erasure(base, patch), ["inversion"])
+    (attack,) = found.attacks
+    without = attack.model_copy(update={"controls": [c for c in attack.controls if c.name != "unerased base"]})
+    assert any(c.role == "ceiling" for c in without.controls)
+    (told,) = results_of(found.model_copy(update={"attacks": [without]}))
+    assert told.ceiling is None
+
+
+def test_a_gold_base_draws_pictures_of_the_same_size(base: Base, patch: Patch) -> None:
+    gold = never_knew()
+    gold.denoiser.register_to_config(sample_size=2 * gold.denoiser.config.sample_size)
+    own = replace(SMALL, sampling=replace(SMALL.sampling, resolution=None))
+    drawing = erasure(base, patch, gold=gold, budget=own).drawing("measured")
+    sizes = [{p.size for p in drawing.draw(model)} for model in (base, gold)]
+    assert sizes[0] == sizes[1]
+    assert gold.resolution(None) == 2 * base.resolution(None)
+
+
 def test_what_is_wrong_is_one_line(base: Base, patch: Patch) -> None:
     state = state_of(base)
     for attempt, told in (
@@ -432,11 +473,10 @@ def test_a_suite_that_was_interrupted_goes_on(base: Base, patch: Patch, tmp_path
     with pytest.raises(KeyboardInterrupt):
         run_suite(one, names, out=out, on_stage=interrupt)
     so_far = read_evidence(out)
-    assert so_far
     assert [a.name for a in so_far.attacks] == ["scaling to 0", "scaling to 0.25", "scaling to 0.5", "scaling to 0.75"]
     stages: list[tuple[str, int, int]] = []
     found = run_suite(erasure(base, patch), names, out=out, on_stage=lambda *stage: stages.append(stage))
-    assert stages == [("completion, 1 of 2 steps", done, 3) for done in range(4)]
+    assert stages == [("completion, 1 of 2 steps", done, 4) for done in range(5)]
     assert found == read_evidence(out)
     assert found.attacks[:4] == so_far.attacks
     both = run_suite(erasure(base, patch, merged=True), ["unmerging"], out=out)
@@ -482,7 +522,7 @@ def test_a_gold_base_that_is_given_later_is_one_more_control(base: Base, patch: 
     after = run_suite(replace(one, gold=gold), ["completion"], out=out, on_stage=lambda *stage: stages.append(stage))
     assert stages == [("completion, 1 of 2 steps", done, 1) for done in range(2)]
     (old,), (new,) = before.attacks, after.attacks
-    assert [c.name for c in new.controls] == ["by name", "gold base", "unerased base"]
+    assert [c.name for c in new.controls] == ["by name", "something else", "gold base", "unerased base"]
     assert new.rows == old.rows
     assert [c for c in new.controls if c.name != "gold base"] == list(old.controls)
     assert after.settings["gold"] == gold.fingerprint
@@ -496,9 +536,12 @@ def test_a_gold_base_that_is_given_later_is_one_more_control(base: Base, patch: 
 
 def test_a_file_that_is_no_evidence_is_named(base: Base, patch: Patch, tmp_path: Path) -> None:
     (tmp_path / ATTACKS).write_text('{"schema": 2}')
-    with pytest.raises(OutputError, match=r"attacks\.json: not what `attack` writes; choose another --out$"):
-        run_suite(erasure(base, patch), ["scaling"], out=tmp_path)
-    with pytest.raises(OutputError, match=r"cannot read: Not a directory$"):
+    for call in (lambda: run_suite(erasure(base, patch), ["scaling"], out=tmp_path), lambda: read_evidence(tmp_path)):
+        with pytest.raises(
+            UserError, match=r"attacks\.json: not what `attack` writes; remove it, or choose another folder$"
+        ):
+            call()
+    with pytest.raises(UserError, match=r"cannot read: Not a directory$"):
         read_evidence(tmp_path / ATTACKS)
     with pytest.raises(OutputError, match=r"cannot write: File exists$"):
         run_suite(erasure(base, patch), ["scaling"], out=tmp_path / ATTACKS)
@@ -558,7 +601,8 @@ def test_the_table_has_the_highest_floor_and_the_ceiling(base: Base, patch: Patc
 def test_the_quick_budget_is_smaller_in_everything() -> None:
     sampling = Sampling(steps=7)
     quick = budget_of(None, quick=True, sampling=sampling, batch_size=3)
-    assert quick == replace(QUICK, sampling=sampling, batch_size=3)
+    trainings = {name: replace(getattr(QUICK, name), batch_size=3) for name in suite.TRAININGS}  # for a small device
+    assert quick == replace(QUICK, sampling=sampling, batch_size=3, **trainings)
     assert budget_of(5, quick=False, sampling=sampling, batch_size=32) == Budget(pictures=5, sampling=sampling)
     numbers = {"tokens": 8, "inversion.steps": 1000, "inversion.lr": 1, "relearning.seed": 0}
     told = budget_of(None, quick=False, sampling=sampling, batch_size=32, numbers=numbers)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from PIL import Image
@@ -38,23 +38,13 @@ from esd_lora.bases.base import Base
 from esd_lora.compose import attached
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS
 from esd_lora.errors import OutputError, RecipeError
+from esd_lora.evaluate.page import Group, Target
 from esd_lora.evaluate.scores import answer_set
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate, read_picture, save_picture
 from esd_lora.recipe import Words
 
 T = TypeVar("T")
-
-Group = Literal["target", "neighbour", "unrelated"]
-
-
-class Target(BaseModel):
-    """What was erased, as an evaluator names it: a label of one of its kinds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Words
-    label: Words
 
 
 @dataclass(frozen=True)

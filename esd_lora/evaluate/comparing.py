@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -32,7 +33,6 @@ from esd_lora.errors import BaseModelError, RecipeError
 from esd_lora.evaluate.answers import (
     Answers,
     Ask,
-    Target,
     digest,
     draw_answers,
     emoji_answers,
@@ -43,7 +43,18 @@ from esd_lora.evaluate.answers import (
 )
 from esd_lora.evaluate.drift import Features, denoise_gap, drift, feature_maps, kid, latents_of, pixel_drift, pooled
 from esd_lora.evaluate.evaluators import Clip, Evaluator, Featured, load_evaluator_by_name
-from esd_lora.evaluate.page import Measure, Method, Place, Row, Rulers, write_page
+from esd_lora.evaluate.page import (
+    Measure,
+    Method,
+    Place,
+    Row,
+    Rulers,
+    Target,
+    doubts_of,
+    make_report,
+    points_of,
+    write_page,
+)
 from esd_lora.evaluate.rates import cluster_bootstrap
 from esd_lora.evaluate.ways import Setting, Subject, Way, baseline_way, control_ways, gold_way, patch_way
 from esd_lora.folder import shared
@@ -62,6 +73,7 @@ SEEN = "seen.jsonl"
 OTHER = 1 << 31
 """The bit that makes another seed of a seed: of the higher ones torch's generator on a CPU takes no notice."""
 
+SECOND = "features of emoji's second evaluator"
 NOTHING = "nothing"
 """What is seen where a filter holds a picture back: an evaluator may well see something in black."""
 
@@ -123,7 +135,7 @@ class Comparison:
     def space(self) -> tuple[str, Callable[[Pictures], Tensor]] | None:
         """Name and features that KID is of: emoji's second evaluator's there, else the evaluator's own; None if it has none."""
         if self.maps:
-            return "features of emoji's second evaluator", partial(pooled, features=self.maps)
+            return SECOND, partial(pooled, features=self.maps)
         if isinstance(self.evaluator, Featured):
             return f"features of {self.evaluator.name}", self.evaluator.features
         return None
@@ -204,6 +216,7 @@ def evaluate_patches(
         sampling = replace(sampling, resolution=model.resolution(sampling.resolution))
     with shared(folder):
         ways = ways_of(subject, patches, weights=weights, against=against, gold=known)
+        vars(subject).pop("trainer", None)  # pictures are drawn without it
         report = compare(
             Comparison(model, asked, target, judge, folder, sampling, batch_size, clip=scorer),
             ways,
@@ -290,6 +303,9 @@ def compare(
         "measures": [m.model_dump() for way in ways if comparison.gaps for m in denoise_gaps(comparison, way, before)],
         "made": made(comparison, command=command),
     }
+    document = make_report(report)
+    for doubt in doubts_of(points_of(document), document.rulers):
+        warnings.warn(doubt, stacklevel=2)
     processes.agreed(lambda: write_file(comparison.folder / SEEN, _lines(details)))
     processes.agreed(lambda: write_file(comparison.folder / "report.json", _json(report)))
     return report
@@ -403,8 +419,11 @@ def judge_of(name: str, answers: Answers, *, device: str | None = None) -> Evalu
 
 
 def shown_places(ways: Sequence[Way]) -> list[Place]:
-    """What has a column beside the base's: each way but controls at its default, as many as a page has room for."""
-    return [Place(method=w.method.name, strength=w.default) for w in ways if w.method.role != "control"][:12]
+    """What has a column beside the base's, as many as a page has room for: the first way at all strengths, others at one."""
+    first, *others = (way for way in ways if way.method.role != "control")
+    places = [(first, strength) for strength in dict.fromkeys((first.default, *first.strengths))]
+    places += [(way, way.default) for way in others]
+    return [Place(method=way.method.name, strength=strength) for way, strength in places[:12]]
 
 
 def spread(asks: Sequence[Ask], n: int) -> list[Ask]:
@@ -510,7 +529,8 @@ def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers
     floor, ceiling = (drifts.mean().item() for drifts in moved)
     if ceiling <= floor:
         raise BaseModelError(f"{base.name}: draws the same pictures of any noise, so that nothing can be compared")
-    return Rulers(floor=floor, ceiling=ceiling, n=len(asks))
+    about = SECOND if comparison.maps else "pixels"
+    return Rulers(floor=floor, ceiling=ceiling, n=len(asks), about=about)
 
 
 def _distances(comparison: Comparison, drawn: Drawn, before: Mapping[Ask, Image.Image]) -> list[Measure]:
@@ -580,6 +600,7 @@ def made(comparison: Comparison, *, command: str) -> dict[str, Any]:
             "base": base.fingerprint,
             "answers": digest(comparison.answers.asks),
             "evaluator": comparison.evaluator.digest,
+            **({"features": load_evaluator("filter").digest} if comparison.maps else {}),
             **({"CLIP": comparison.clip.digest} if comparison.clip else {}),
         },
     }

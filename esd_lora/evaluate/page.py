@@ -26,6 +26,7 @@ from rich.table import Table
 from esd_lora.errors import UserError
 from esd_lora.evaluate.rates import Paired, Rate, paired, rate
 from esd_lora.patch import write_file
+from esd_lora.recipe import Words
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 ATTACKS = "attacks.json"
@@ -37,7 +38,6 @@ Group = Literal["target", "neighbour", "unrelated"]
 PROMPTS: Mapping[Group, int] = {"target": 6, "neighbour": 4, "unrelated": 6}
 """Prompts of each group whose pictures are shown: beside the base and twelve places 208 pictures, which stay below 10 MB."""
 
-Words = Annotated[str, Field(min_length=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -125,6 +125,8 @@ class Rulers(_Model):
     ceiling: Amount
     """From other noise."""
     n: NonNegativeInt
+    about: str = ""
+    """What drift is a distance of."""
 
     @model_validator(mode="after")
     def _is_a_ruler(self) -> Rulers:
@@ -181,6 +183,29 @@ class Attack(Trial):
     about: str = ""
     """One line on how it was set."""
     controls: Sequence[Control] = ()
+
+
+class Used(_Model):
+    """A patch that was attacked."""
+
+    digest: str
+    weight: float
+    erases: str
+
+
+class Evidence(_Model):
+    """What came of the attacks on an erasure: `attacks.json`, schema 1."""
+
+    version: Literal[1] = Field(1, alias="schema")
+    base: str
+    target: Target
+    evaluator: str
+    patches: Sequence[Used]
+    settings: Mapping[str, Any]
+    """Whatever else must be the same for attacks to stand beside one another."""
+    attacks: Sequence[Attack] = ()
+    left_out: Mapping[str, str] = Field(default_factory=dict)
+    """Why an attack or a control was not to be had on this base, by its name."""
 
 
 class Made(_Model):
@@ -314,20 +339,35 @@ def with_attacks(report: Mapping[str, Any], folder: Path) -> Report:
     document = make_report(report)
     if not (folder / ATTACKS).is_file():
         return document
-    evidence = _read_json(folder / ATTACKS)
+    evidence = read_evidence(folder)
     if others := _unlike(document, evidence):
         return make_report({**report, "left_out": {"attacks": f"those in {ATTACKS} are on another {others[0]}"}})
-    return make_report({**report, "attacks": evidence.get("attacks", []), "left_out": evidence.get("left_out", {})})
+    return document.model_copy(update={"attacks": evidence.attacks, "left_out": evidence.left_out})
 
 
-def _unlike(document: Report, evidence: Mapping[str, Any]) -> list[str]:
+def read_evidence(folder: Path) -> Evidence:
+    """The evidence in a folder.
+
+    Raises:
+        UserError: It cannot be read, or is not what `attack` writes.
+    """
+    path = folder / ATTACKS
+    try:
+        return Evidence.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: not what `attack` writes; remove it, or choose another folder") from error
+
+
+def _unlike(document: Report, evidence: Evidence) -> list[str]:
     """What attacks were made on or judged by that is not the document's own, where both tell."""
-    subject, hashes, settings = document.shown[0], document.made.hashes, evidence.get("settings", {})
+    subject, hashes, settings = document.shown[0], document.made.hashes, evidence.settings
     digest = next(m.digest for m in document.methods if m.name == subject.method)
-    attacked = [(p.get("digest"), p.get("weight")) for p in evidence.get("patches", ())]
+    attacked = [(used.digest, used.weight) for used in evidence.patches]
     pairs = {
         "patch or weight": ([(digest, subject.strength)] if digest else [], attacked),
-        "target": (document.target.model_dump(), evidence.get("target")),
+        "target": (document.target, evidence.target),
         "base": (hashes.get("base"), settings.get("fingerprint")),
         "evaluator": (hashes.get("evaluator"), settings.get("evaluator digest")),
     }
@@ -425,12 +465,33 @@ class Point:
         moved = [r.drift for r in self.rows if not _asks(r) and r.drift is not None]
         if rulers is None or not moved:
             return None
-        return (sum(moved) / len(moved) - rulers.floor) / (rulers.ceiling - rulers.floor)
+        # what rounds to 0 is no -0
+        return round((sum(moved) / len(moved) - rulers.floor) / (rulers.ceiling - rulers.floor), 3) + 0.0
 
     @property
     def instead(self) -> Counter[str]:
         """What is seen in the pictures that ask for the target, and how often."""
         return Counter(r.seen[self.target.kind] for r in self.rows if _asks(r))
+
+
+STILL = 0.05
+"""How far a patch of zeros may move pictures, on the rulers of drift: batches of another size round otherwise."""
+
+
+def doubts_of(points: Sequence[Point], rulers: Rulers | None) -> list[str]:
+    """What controls tell against a whole report: one that changes nothing did, or one that ruins everything lost nothing."""
+    named = {p.method.name: p for p in points if p.method.role == "control"}
+    null, ruin = named.get("null"), named.get("scrambling")
+    found = []
+    if null and (null.drift(rulers) or 0) > STILL:
+        found.append(
+            "A patch of zeros moved the pictures: they differ by more than what is compared. Trust no rate here."
+        )
+    if ruin and ruin.kept.high >= (ruin.kept.base or 0):
+        found.append(
+            "A patch that ruins every picture keeps all: the evaluator sees what is not there. Trust no rate here."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -581,6 +642,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> Path:
         concepts=concepts,
         worst=kept[:3],
         attacks=attacks,
+        doubts=doubts_of(points, document.rulers),
         beside=[v for p in points if p not in (bare, columns[1]) and (v := versus(columns[1], p))],
         strongest=strongest(attacks),
         lowest=math.floor(10 * min(0.9, *(p.kept.value for p in points if p.method.role != "control"))) / 10,

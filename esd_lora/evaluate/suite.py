@@ -27,7 +27,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import torch
 from rich.table import Table
 
 from esd_lora.bases.base import Base
@@ -35,11 +35,12 @@ from esd_lora.compose import attached, check_fits, stack
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, article
 from esd_lora.errors import BaseModelError, OutputError, RecipeError, TrainingError
 from esd_lora.evaluate import attacks, page
-from esd_lora.evaluate.answers import Answers, Target, digest, some_of, target_of
+from esd_lora.evaluate.answers import Answers, digest, some_of, target_of
 from esd_lora.evaluate.attacks import BLANK, INVERT, RELEARN, Attack, Drawing, Examples, Sees, Stop, Training
 from esd_lora.evaluate.baselines import emoji_filter
 from esd_lora.evaluate.comparing import NSFW, Sampling, judge_of, questions
 from esd_lora.evaluate.evaluators import Evaluator
+from esd_lora.evaluate.page import Evidence, Target, Used, read_evidence
 from esd_lora.evaluate.rates import Rate
 from esd_lora.folder import locked
 from esd_lora.merging import merged_denoiser
@@ -64,8 +65,8 @@ WEIGHTS = (0.0, 0.25, 0.5, 0.75)
 NOTHING_ELSE = "the answer set asks for nothing but the target, and this is about other pictures"
 ELSE = "something else"
 """The control whose pictures are of other things."""
-GOLD = "gold base"
-"""The control whose base never knew the concept."""
+GOLD, UNERASED = "gold base", "unerased base"
+"""The controls whose base never knew the concept, and whose base has no patch."""
 PREFIX = 3
 """Words that are searched for before a prompt."""
 
@@ -126,6 +127,8 @@ def budget_of(
     """
     budget = QUICK if quick else Budget()
     budget = replace(budget, pictures=pictures or budget.pictures, sampling=sampling, batch_size=batch_size)
+    trainings = {part: getattr(budget, part) for part in TRAININGS}
+    budget = replace(budget, **{k: replace(t, batch_size=min(t.batch_size, batch_size)) for k, t in trainings.items()})
     for key, value in (numbers or {}).items():
         if key not in NUMBERS:
             raise RecipeError(f"--set {key}: unknown; there are {', '.join(NUMBERS)}")
@@ -270,7 +273,9 @@ class Erasure:
         """Pictures of all the prompts in turn, or of as many of them as there are seeds."""
         seeds, b = self.seeds[purpose], self.budget
         some = itertools.cycle(some_of(prompts, len(seeds)))
-        return Drawing([next(some) for _ in seeds], seeds, **vars(b.sampling), batch_size=b.batch_size)
+        # a gold base's own pictures may be of another size
+        how = {**vars(b.sampling), "resolution": self.base.resolution(b.sampling.resolution)}
+        return Drawing([next(some) for _ in seeds], seeds, **how, batch_size=b.batch_size)
 
     def unerased(self, drawing: Drawing) -> Pictures:
         """The pictures of the unerased model, whether the patches are attached now or not."""
@@ -414,7 +419,7 @@ class Erasure:
         sides = [Side(floor, "floor", control) for floor, control in every.items()]
         if self.gold:
             sides.append(Side(GOLD, "floor", gold or run, self.gold))
-        sides += [Side("unerased base", "ceiling", ceiling or run, self.base), *ceilings]
+        sides += [Side(UNERASED, "ceiling", ceiling or run, self.base), *ceilings]
         return Plan(f"{name}, merged" if self.merged else name, run, about, sides)
 
 
@@ -763,33 +768,6 @@ ATTACKS: Mapping[str, Callable[[Erasure], list[Plan]]] = {
 # ---- the suite ---------------------------------------------------------------------------------------------------
 
 
-class Used(BaseModel):
-    """A patch that was attacked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    digest: str
-    weight: float
-    erases: str
-
-
-class Evidence(BaseModel):
-    """What came of the attacks on an erasure: `attacks.json`, schema 1."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    version: Literal[1] = Field(1, alias="schema")
-    base: str
-    target: page.Target
-    evaluator: str
-    patches: Sequence[Used]
-    settings: Mapping[str, Any]
-    """Whatever else must be the same for attacks to stand beside one another."""
-    attacks: Sequence[page.Attack] = ()
-    left_out: Mapping[str, str] = Field(default_factory=dict)
-    """Why an attack or a control was not to be had on this base, by its name."""
-
-
 OnStage = Callable[[str, int, int], None]
 """Called with the name of an attack, how many of it and its controls are done, and how many they are."""
 
@@ -810,6 +788,7 @@ def run_suite(
         RecipeError: There is no such attack on attached, or on merged, patches.
         PatchError: A patch does not fit the base.
         OutputError: The folder cannot be written to, has attacks on another erasure, or another run is writing to it.
+        UserError: What the folder has is no evidence.
     """
     fitting = [name for name in ATTACKS if name != ("scaling" if erasure.merged else "unmerging")]
     wanted = list(names or fitting)
@@ -823,7 +802,8 @@ def run_suite(
             made = {attack.name: attack for attack in evidence.attacks}
             found, left_out = bench.run(plan, made.get(plan.name), evidence.left_out)
             every = [*{**made, **({plan.name: found} if found else {})}.values()]
-            evidence = evidence.model_copy(update={"attacks": every, "left_out": {**evidence.left_out, **left_out}})
+            before = {k: v for k, v in evidence.left_out.items() if not (found and k == plan.name)}
+            evidence = evidence.model_copy(update={"attacks": every, "left_out": {**before, **left_out}})
             if out:
                 write_file(out / page.ATTACKS, f"{evidence.model_dump_json(indent=1, by_alias=True)}\n".encode())
     return evidence
@@ -855,10 +835,12 @@ class _Bench:
             self._tell(plan, i, len(sides))
             try:
                 values, details = self._trial(side)
-            except (BaseModelError, RecipeError, TrainingError) as error:
+            except (BaseModelError, RecipeError, TrainingError, torch.OutOfMemoryError) as error:
+                memory = isinstance(error, torch.OutOfMemoryError)
+                reason = "the device has not enough memory; try a smaller --batch-size" if memory else str(error)
                 if attack is None:
-                    return None, {plan.name: str(error)}
-                left_out[f"{plan.name}, {side.name}"] = str(error)
+                    return None, {plan.name: reason}
+                left_out[f"{plan.name}, {side.name}"] = reason
                 continue
             if attack is None:
                 attack = page.Attack(name=plan.name, about=plan.about(details), **values)
@@ -890,31 +872,14 @@ class _Bench:
         return self.known[key]
 
 
-def read_evidence(folder: Path) -> Evidence | None:
-    """The evidence in a folder; None where there is none.
-
-    Raises:
-        OutputError: It cannot be read, or is not what `run_suite` writes.
-    """
-    path = folder / page.ATTACKS
-    try:
-        return Evidence.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise OutputError(f"{path}: cannot read: {error.strerror}") from error
-    except ValidationError as error:
-        raise OutputError(f"{path}: not what `attack` writes; choose another --out") from error
-
-
 def _begun(erasure: Erasure, out: Path | None) -> Evidence:
     """The evidence to go on from: that in the folder, or none yet.
 
     Raises:
-        OutputError: See `run_suite`.
+        OutputError, UserError: See `run_suite`.
     """
     new = _without_attacks(erasure)
-    old = read_evidence(out) if out else None
+    old = read_evidence(out) if out and (out / page.ATTACKS).exists() else None
     if old is None:
         return new
     now, then = (
@@ -935,7 +900,7 @@ def _without_attacks(erasure: Erasure) -> Evidence:
     pairs = zip(erasure.patches, erasure.weights, strict=True)
     return Evidence(
         base=base.name,
-        target=page.Target(kind=erasure.target.kind, label=erasure.target.label),
+        target=erasure.target,
         evaluator=f"{judge.name}, {judge.version}",
         patches=[Used(digest=patch.digest, weight=weight, erases=patch.erases) for patch, weight in pairs],
         settings={
@@ -980,10 +945,8 @@ def results_of(evidence: Evidence) -> list[Result]:
     results = []
     for attack in evidence.attacks:
         tried = page.tried(attack, evidence.target.label)
-        ceilings = [c.found for c in tried.controls if isinstance(c.trial, page.Control) and c.trial.role == "ceiling"]
         floor, floor_of = (tried.floor.found, tried.floor.trial.name) if tried.floor else (None, "")
-        ceiling = next(iter(ceilings), None)
-        gold = next((c.found for c in tried.controls if c.trial.name == GOLD), None)
+        gold, ceiling = (next((c.found for c in tried.controls if c.trial.name == n), None) for n in (GOLD, UNERASED))
         rates = tried.found, floor, floor_of, tried.beyond, gold, ceiling
         results.append(Result(attack.name, *rates, attack.passes, attack.seconds))
     return results

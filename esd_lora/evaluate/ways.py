@@ -20,14 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from esd_lora import processes
 from esd_lora.bases.base import Base
 from esd_lora.compose import attached
 from esd_lora.errors import BaseModelError, RecipeError
-from esd_lora.evaluate.answers import Target
 from esd_lora.evaluate.baselines import (
     PRESETS,
     PostFilter,
@@ -40,7 +39,8 @@ from esd_lora.evaluate.baselines import (
     separate_negative,
 )
 from esd_lora.evaluate.controls import null_patch, random_like, scrambling_patch
-from esd_lora.evaluate.page import Cost, Method
+from esd_lora.evaluate.evaluators import sha256_of
+from esd_lora.evaluate.page import Cost, Method, Target
 from esd_lora.patch import Patch, load_patch, write_file
 from esd_lora.pictures import Pictures
 from esd_lora.recipe import Concept, Layers, Recipe
@@ -124,7 +124,8 @@ def patch_way(
             pass  # what cannot be drawn is told before anything is drawn or trained
     passes = patch.info.get("cost", {}).get("forward_passes")
     known = seconds is not None and passes is not None
-    cost = Cost(seconds=seconds or 0, passes=passes or 0, bytes=patch.nbytes, passes_per_step=2) if known else None
+    made = {"seconds": seconds or 0, "passes": passes or 0, "bytes": patch.nbytes}
+    cost = Cost(**made, passes_per_step=_per_step(base)) if known else None
     told = f"{len(patch.ranks)} layers of rank {max(patch.ranks.values())}; merged into the weights it is no switch"
     method = Method(name=name, role="patch", about=told, cost=cost, digest=patch.digest)
     default = min(strengths, key=lambda weight: abs(weight - 1))
@@ -146,7 +147,8 @@ def control_ways(base: Base, patch: Patch, *, layers: Layers, seed: int = 0) -> 
     Raises:
         BaseModelError: The preset matches nothing.
     """
-    rank = max(patch.ranks.values())
+    weights = (base.denoiser.get_submodule(name).weight for name in base.matched(layers))
+    rank = min(max(patch.ranks.values()), *(min(weight.shape) for weight in weights))  # a stack's may be larger
     made = {
         "null": (null_patch(base, layers, rank), "control: a patch of zeros, which must change nothing"),
         "random": (random_like(patch, seed), "control: random numbers in the patch's layers, as large as its own"),
@@ -186,17 +188,21 @@ def _guidance(
     name: str,
     about: str,
     knob: str,
-    passes_per_step: int,
+    more_passes: int = 0,
     inside: Callable[[Base, str, float], AbstractContextManager[None]],
     strengths: tuple[float, ...],
     default: float,
     labels: Mapping[float, str] = MappingProxyType({}),
+    numbers: object = "",
 ) -> Way:
-    """A way that acts on the sampler alone: base, concept and strength → a context inside which it does."""
+    """A way that acts on the sampler alone: base, concept and strength → a context inside which it does.
+
+    `numbers` are whatever else its pictures depend on, and `more_passes` what it takes at every step.
+    """
     base, words = subject.base, subject.concept.erase
     about = f"{about}: a setting of the pipeline"
     method = Method(
-        name=name, role="baseline", about=about, knob=knob, labels=labels, cost=_for_nothing(passes_per_step)
+        name=name, role="baseline", about=about, knob=knob, labels=labels, cost=_for_nothing(base, more_passes)
     )
 
     @contextmanager
@@ -206,7 +212,7 @@ def _guidance(
 
     with at(default):
         pass  # what the base does not allow is told before anything is drawn or trained
-    return Way(method, strengths, at, default, beside=f"{name} {words}")
+    return Way(method, strengths, at, default, beside=f"{name} {words} {numbers}".rstrip())
 
 
 SWEPT: Mapping[float, float] = {3.25: 0.1, 3.5: 0.2, 3.75: 0.4}
@@ -224,7 +230,8 @@ def _sld(subject: Subject) -> Way:
         name="SLD",
         about="Safe Latent Diffusion, guidance away from the concept",
         knob="preset",
-        passes_per_step=3,
+        more_passes=1,
+        numbers=guidances,
         inside=lambda base, words, k: safe_latent(base, words, guidances[k][1]),
         strengths=tuple(guidances),
         default=2.0,
@@ -237,7 +244,6 @@ _negative_prompt = partial(
     name="negative prompt",
     about="the concept as the pipeline's negative prompt",
     knob="strength",
-    passes_per_step=2,
     inside=lambda base, words, w: negative_prompt(base, words, strength=w),
     strengths=(0.5, 1.0, 2.0, 4.0),
     default=1.0,
@@ -247,7 +253,7 @@ _separate_negative = partial(
     name="separate negative",
     about="a third prediction, for the concept, is guided away from",
     knob="scale",
-    passes_per_step=3,
+    more_passes=1,
     inside=lambda base, words, scale: separate_negative(base, words, scale=scale),
     strengths=(2.5, 5.0, 7.5, 10.0),
     default=5.0,
@@ -267,7 +273,7 @@ def _filter(subject: Subject, pipeline: str = "") -> Way:
         role="baseline",
         about=f"{about}: a step of the pipeline",
         knob="threshold" if graded else "",
-        cost=_for_nothing(2),
+        cost=_for_nothing(base),
     )
 
     def passes(threshold: float, pictures: Pictures) -> list[bool]:
@@ -304,17 +310,15 @@ def _full_esd(subject: Subject, *, layers: Literal["esd-x", "esd-u"]) -> Way:
         return found.passes, lambda: write_file(path, save({n: w.contiguous().cpu() for n, w in change.items()}))
 
     _make_once(subject, place, make)
-    content = path.read_bytes()
-    change = load(content)
+    change = load_file(path)
     name, what = {"esd-x": ("ESD-x", "cross-attention"), "esd-u": ("ESD-u", "all but cross-attention")}[layers]
     method = Method(
         name=f"{name}, fine-tuned",
         role="baseline",
         about=f"the authors' way: whole weights, {what}, a fresh trajectory for every step",
-        cost=_cost(place, size=len(content)),
+        cost=_cost(subject.base, place, size=path.stat().st_size),
     )
-    digest = hashlib.sha256(content).hexdigest()
-    return Way(method, TRAINED, partial(_changed, subject.base, change), beside=digest)
+    return Way(method, TRAINED, partial(_changed, subject.base, change), beside=sha256_of(path))
 
 
 def _leco(subject: Subject) -> Way:
@@ -327,7 +331,8 @@ def _leco(subject: Subject) -> Way:
 def _uce(subject: Subject) -> Way:
     everywhere = subject.concept.model_copy(update={"from_": None})  # as all others here erase it
     recipe = Recipe(base=subject.base.name, concepts=(everywhere,), objective="closed-form", eta=0.0)
-    method = Method(name="UCE", role="baseline", about="Unified Concept Editing: cross-attention k and v, solved for")
+    about = f"Unified Concept Editing: cross-attention k and v, solved for, cut to rank {recipe.rank}"
+    method = Method(name="UCE", role="baseline", about=about)
     return _trained(subject, method, f"uce {recipe.model_dump_json(by_alias=True)}", partial(train, recipe))
 
 
@@ -371,9 +376,14 @@ def gold_way(gold: Base, *, lacks: Collection[str] = ()) -> Way:
 # ---- what they are made of ---------------------------------------------------------------------------------------
 
 
-def _for_nothing(passes_per_step: float) -> Cost:
+def _per_step(base: Base) -> int:
+    """Latents through the denoiser at each step of a picture: guidance asks twice, unless the base is told it."""
+    return 1 if base.told_guidance else 2
+
+
+def _for_nothing(base: Base, more_passes: int = 0) -> Cost:
     """The cost of what is not trained."""
-    return Cost(seconds=0, passes=0, bytes=0, passes_per_step=passes_per_step)
+    return Cost(seconds=0, passes=0, bytes=0, passes_per_step=_per_step(base) + more_passes)
 
 
 def _trained(subject: Subject, method: Method, name: str, make: Callable[[Base], Patch]) -> Way:
@@ -386,7 +396,7 @@ def _trained(subject: Subject, method: Method, name: str, make: Callable[[Base],
 
     _make_once(subject, place, trained)
     patch = load_patch(place)
-    told = method.model_copy(update={"cost": _cost(place, size=patch.nbytes)})
+    told = method.model_copy(update={"cost": _cost(subject.base, place, size=patch.nbytes)})
     return Way(told, TRAINED, partial(_with_patch, subject.base, patch))
 
 
@@ -423,9 +433,9 @@ def _make_once(subject: Subject, place: Path, make: Callable[[Base], Made]) -> N
     processes.agreed(keep)
 
 
-def _cost(place: Path, *, size: int) -> Cost:
+def _cost(base: Base, place: Path, *, size: int) -> Cost:
     told = read_cost(place)
-    return Cost(seconds=told["seconds"]["total"], passes=told["passes"], bytes=size, passes_per_step=2)
+    return Cost(seconds=told["seconds"]["total"], passes=told["passes"], bytes=size, passes_per_step=_per_step(base))
 
 
 @contextmanager
