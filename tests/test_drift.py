@@ -21,7 +21,7 @@ from esd_lora.compose import attach, stack
 from esd_lora.emoji.evaluators import EvaluatorName, load_evaluator
 from esd_lora.errors import BaseModelError, PatchError, RecipeError
 from esd_lora.evaluate import drift as module
-from esd_lora.evaluate.controls import SCRAMBLING, null_patch, random_like, scrambling_patch, shuffled
+from esd_lora.evaluate.controls import SCRAMBLING, null_patch, random_like, scrambling_patch
 from esd_lora.evaluate.drift import (
     DENOISED,
     FIRST_NOISE,
@@ -31,10 +31,8 @@ from esd_lora.evaluate.drift import (
     kid,
     latents_of,
     noised,
-    on_rulers,
     pixel_drift,
     pooled,
-    replacement_map,
 )
 from esd_lora.merging import merged_denoiser
 from esd_lora.patch import Patch
@@ -120,14 +118,6 @@ def test_pixel_drift_worked_by_hand() -> None:
     dot.putpixel((1, 2), (0, 51, 0))  # a fifth of one of 48 values
     found = pixel_drift([BLACK, BLACK, BLACK, RED], [WHITE, RED, dot, RED])
     assert found.tolist() == pytest.approx([1, 1 / 3, 0.04 / 48, 0])
-
-
-def test_rulers_put_the_base_at_zero_and_one() -> None:
-    floor, ceiling = torch.tensor([0.0, 0.2]), torch.tensor([0.4, 0.6, 0.8])
-    found = on_rulers(torch.tensor([0.1, 0.6, 0.35, 1.1, 0.0]), floor, ceiling)
-    assert found.tolist() == pytest.approx([0, 1, 0.5, 2, -0.2], abs=1e-6)
-    with pytest.raises(ValueError, match=r"^no ruler: another seed moves pictures by 0.1, and rounding alone by 0.6$"):
-        on_rulers(floor, ceiling, floor)
 
 
 def test_pictures_that_are_no_pairs_are_refused() -> None:
@@ -348,22 +338,6 @@ def test_what_has_no_gap_is_refused_and_leaves_the_base_bare(base: Base, patch: 
     assert same(weights_of(base), before)
 
 
-# ---- answers ----------------------------------------------------------------------------------------------------
-
-
-def test_a_replacement_map_worked_by_hand() -> None:
-    wanted = ["cat"] * 4 + ["dog"] * 2 + ["cat"] * 4 + ["bus"]
-    seen = ["dog", "dog", "other", "bird", "dog", "dog", "dog", "dog", "other", "bird", "car"]
-    found = replacement_map(wanted, seen)
-    assert list(found) == ["cat", "dog", "bus"]
-    assert list(found["cat"].counts.items()) == [("dog", 4), ("other", 2), ("bird", 2)]
-    assert found["cat"].entropy == 1.5  # ½ · 1 + ¼ · 2 + ¼ · 2 bits
-    assert found["dog"].counts == {"dog": 2}
-    assert (found["dog"].entropy, found["bus"].entropy) == (0, 0)
-    with pytest.raises(ValueError, match=r"^2 pictures were asked for and 1 seen$"):
-        replacement_map(["cat", "dog"], ["cat"])
-
-
 # ---- controls ---------------------------------------------------------------------------------------------------
 
 
@@ -419,13 +393,3 @@ def test_controls_of_layers_that_are_not_there_are_refused(base: Base) -> None:
             control(blind, "esd-x", 2)
         with pytest.raises(RecipeError, match=r"^rank: must be at most 32"):
             control(base, "esd-x", 64)
-
-
-def test_shuffled_labels_are_the_same_ones_by_chance_alone() -> None:
-    labels = [i % 20 for i in range(2000)]
-    found = shuffled(labels, 0)
-    assert sorted(found) == sorted(labels)
-    assert labels == [i % 20 for i in range(2000)]
-    assert found == shuffled(labels, 0) != shuffled(labels, 1)
-    fits = sum(a == b for a, b in zip(labels, found, strict=True))
-    assert abs(fits - 100) < 5 * math.sqrt(95)  # one in twenty of 2,000, within five standard deviations

@@ -23,11 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
-from PIL import Image
 from torch import Tensor, nn
 
 from esd_lora.bases import index_path, read_json
@@ -340,13 +339,6 @@ def _is_guided(base: Base, t: Tensor) -> bool:
 # ---- filters ----------------------------------------------------------------------------------------------------
 
 
-class Filtered(NamedTuple):
-    """Pictures after a filter: those that did not pass are black. `rate(passed)` is the yield."""
-
-    pictures: Pictures
-    passed: list[bool]
-
-
 @dataclass(frozen=True)
 class PostFilter:
     """A classifier that pictures must pass.
@@ -369,12 +361,6 @@ class PostFilter:
         """Which of the pictures pass: the concept is not seen in them."""
         passed: list[bool] = (self.classifier(pictures) <= self.threshold).tolist()
         return passed
-
-    def filtered(self, pictures: Pictures) -> Filtered:
-        """The pictures, black where the concept is seen, and which of them passed."""
-        passed = self.passes(pictures)
-        shown = [p if ok else Image.new("RGB", p.size) for p, ok in zip(pictures, passed, strict=True)]
-        return Filtered(shown, passed)
 
 
 def emoji_filter(concept: str, *, threshold: float = 0.5) -> PostFilter:

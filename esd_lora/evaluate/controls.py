@@ -1,16 +1,11 @@
-"""Controls: patches and labels of which the result is known, so that a measurement can be seen to fail where it must.
+"""Controls: patches of which the result is known, so that a measurement can be seen to fail where it must.
 
 null_patch          changes nothing: every drift is exactly 0, every rate the base's own
 random_like         as large as a patch in every layer, and about nothing: what size alone does
 scrambling_patch    ruins every picture: it "erases" all that one asks for, and must lose in whatever counts as good
-shuffled            labels that fit their pictures by chance alone: scores must fall to chance
 """
 
 from __future__ import annotations
-
-import random
-from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +13,6 @@ from torch import Tensor
 from esd_lora.bases.base import Base
 from esd_lora.patch import Patch
 from esd_lora.recipe import Layers
-
-Label = TypeVar("Label")
 
 SCRAMBLING = 16.0
 """‖ΔW‖ over ‖W‖ (Frobenius) of a scrambling patch, in every layer. At 4 the embedded base still drew some objects."""
@@ -94,13 +87,3 @@ def _change(patch: Patch, name: str) -> Tensor:
     """ΔW of a layer, (out, in) float64."""
     up, down = (patch.tensors[f"{name}.{factor}.weight"].double() for factor in ("lora_B", "lora_A"))
     return up @ down
-
-
-def shuffled(labels: Sequence[Label], seed: int) -> list[Label]:
-    """The labels in a random order: each as often as before, and beside any picture.
-
-    Args:
-        labels: What pictures were asked to show, or any other.
-        seed: Of the order.
-    """
-    return random.Random(seed).sample(labels, len(labels))

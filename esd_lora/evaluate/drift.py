@@ -1,10 +1,8 @@
 """What a patch changes, measured without asking an evaluator what is in the pictures.
 
     drift, pixel_drift    how far each picture moved, from the base's of the same prompt and noise to the patched one
-    on_rulers             the same, with 0 and 1 where the base's own pictures put them
     kid                   how far a set of pictures moved, as a distribution
     denoise_gap           how much worse pictures are denoised: no sampling and no guidance, only the denoiser's own error
-    replacement_map       what is seen instead of what was asked for, and how much that scatters
 
 Of a patch that does nothing every drift and gap is exactly 0.
 """
@@ -13,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,28 +109,6 @@ def feature_maps(evaluator: Evaluator) -> Features:
         return list(last.values())
 
     return maps
-
-
-def on_rulers(drift: Tensor, floor: Tensor, ceiling: Tensor) -> Tensor:
-    """The drift of each picture on a ruler of the base's own, (N,).
-
-        (drift − mean floor) / (mean ceiling − mean floor)
-
-    0 is the base against itself in another batch size or dtype, where nothing but rounding differs; 1 is the base against
-    itself with other seeds, where nothing but the prompt is shared. A patch that changes no bit is a little below 0, and one
-    that ruins pictures may be above 1.
-
-    Args:
-        drift: Of the patched pictures, (N,).
-        floor, ceiling: Of the base's pictures, any number, measured in the same way.
-
-    Raises:
-        ValueError: Other seeds move the pictures no further than rounding does, so that there is nothing to measure by.
-    """
-    zero, one = floor.double().mean(), ceiling.double().mean()
-    if not one > zero:
-        raise ValueError(f"no ruler: another seed moves pictures by {one:.3g}, and rounding alone by {zero:.3g}")
-    return ((drift.double() - zero) / (one - zero)).to(drift.dtype)
 
 
 # ---- sets of pictures -------------------------------------------------------------------------------------------
@@ -317,40 +292,3 @@ def _excess(base: Base, conditions: Condition, rows: Tensor, x_0: Tensor, levels
             gaps.append((student.float() - truth).square() - (teacher.float() - truth).square())
         parts.append(torch.stack(gaps).mean((0, 2, 3, 4)).cpu())
     return torch.cat(parts)
-
-
-# ---- answers ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What is seen where one thing was asked for."""
-
-    counts: Mapping[str, int]
-    """Pictures by what is seen in them, the most frequent first."""
-
-    @property
-    def entropy(self) -> float:
-        """In bits: 0 where the same is seen every time, log₂ K where K things are seen equally often."""
-        n = sum(self.counts.values())
-        return sum(k / n * math.log2(n / k) for k in self.counts.values())
-
-
-def replacement_map(wanted: Sequence[str], seen: Sequence[str]) -> dict[str, Replacement]:
-    """What is seen by what was asked for: the rows of a confusion matrix, in the order in which they first come.
-
-    An erased concept that turns into one other leaves a row of low entropy, one that turns into anything a high one.
-
-    Args:
-        wanted: What each picture was asked to show.
-        seen: What an evaluator sees in it.
-
-    Raises:
-        ValueError: More of one than of the other.
-    """
-    if len(wanted) != len(seen):
-        raise ValueError(f"{len(wanted)} pictures were asked for and {len(seen)} seen")
-    counts: dict[str, Counter[str]] = {}
-    for asked, answer in zip(wanted, seen, strict=True):
-        counts.setdefault(asked, Counter())[answer] += 1
-    return {asked: Replacement(dict(row.most_common())) for asked, row in counts.items()}
