@@ -18,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from esd_lora.bases.base import Base
 from esd_lora.compose import attached
-from esd_lora.errors import PatchError, RecipeError
+from esd_lora.errors import PatchError, RecipeError, UserError
+from esd_lora.evaluate.page import ATTACKS, Evidence, read_evidence, tried
 from esd_lora.evaluate.rates import Rate, wilson
 from esd_lora.evaluate.scores import AttributeScores, Scores
 from esd_lora.patch import FILE_NAME, Patch, write_file
@@ -66,15 +67,16 @@ def make_card(patch: Patch, folder: Path | None = None, *, repo: str | None = No
 
     Args:
         patch: What it is about.
-        folder: Where the patch's pictures are, if there are any.
+        folder: Where the patch's pictures are, if there are any, and what `attack` found.
         repo: The Hub id that it will have; without it the card is for the folder that it lies in.
 
     Raises:
-        PatchError: The patch's scores, or the list of its pictures, are not what this package writes.
+        PatchError: The patch's scores, the list of its pictures or the attacks on it are not what this package writes.
     """
     patch = Patch(patch.tensors, for_others(patch.info))
     base = str(patch.info.get("base", {}).get("name") or "an unknown base")
-    pairs, scores = pairs_of(folder) if folder else [], scores_of(patch)
+    pairs, evidence = (pairs_of(folder), evidence_of(patch, folder)) if folder else ([], None)
+    scores = scores_of(patch)
     parts = patch.info.get("stack", [])
     code, note = _loading(patch, base, repo)
     recipes = [p["recipe"] for p in parts or [patch.info] if p.get("recipe")]
@@ -94,6 +96,8 @@ def make_card(patch: Patch, folder: Path | None = None, *, repo: str | None = No
         gallery=", ".join(str(s) for s in sorted({p.seed for p in pairs})),
         grid=bool(folder and (folder / "grid.png").is_file()),
         scores=[_table(s) for s in scores],
+        attacks=attack_rows(evidence) if evidence else [],
+        evidence=evidence,
         parts=[{"erases": Patch({}, p).erases, **p} for p in parts],
         recipes=[recipe_text(r) for r in recipes],
         digest=patch.digest,
@@ -210,6 +214,39 @@ def pairs_of(folder: Path) -> list[Pair]:
         if Path(name).parent != Path("images") or not (folder / name).is_file():
             raise PatchError(f"{path}: names {name}, which is not there; make it anew with `card --base`")
     return pairs
+
+
+def evidence_of(patch: Patch, folder: Path) -> Evidence | None:
+    """What came of attacks on a patch, where it lies in its folder; None where nothing does.
+
+    Raises:
+        PatchError: It is not what `attack` writes, or is on another patch, on several, or at another weight.
+    """
+    path = folder / ATTACKS
+    if not path.is_file():
+        return None
+    try:
+        found = read_evidence(folder)
+    except UserError as error:
+        raise PatchError(str(error)) from error
+    if [(used.digest, used.weight) for used in found.patches] != [(patch.digest, 1.0)]:
+        raise PatchError(
+            f"{path}: is on another patch, or on this one at another weight; attack it again, or remove that"
+        )
+    base = {"name": found.base, **{k: v for k, v in patch.info.get("base", {}).items() if k == "revision"}}
+    return found.model_copy(update={"base": for_others({"base": base})["base"]["name"]})
+
+
+def attack_rows(evidence: Evidence) -> list[str]:
+    """The rows of the card's table of attacks, in Markdown: what was found, its interval, n, and the highest floor."""
+    rows = []
+    for attack in evidence.attacks:
+        result = tried(attack, evidence.target.label)
+        found, floor = result.found, result.floor
+        value, low, high = (f"{100 * x:.1f}" for x in (found.value, found.low, found.high))
+        beside = f"{100 * floor.found.value:.1f}, {floor.trial.name}" if floor else ""
+        rows.append(f"| {attack.name} | {value} | {low} to {high} | {found.n} | {beside} |")
+    return rows
 
 
 def _data(

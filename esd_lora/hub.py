@@ -29,6 +29,7 @@ OURS = (
     "README.md",
     "recipe.yaml",
     "scores.json",
+    "attacks.json",
     "grid.png",
     "loss.png",
     "images/*.png",  # and none in folders below
@@ -143,7 +144,7 @@ def files_of(place: str | Path, *, repo: str) -> dict[str, bytes]:
     Raises:
         PatchError: It is broken, or its list of pictures is.
     """
-    from esd_lora.card import for_others, make_card, pairs_of, recipe_text
+    from esd_lora.card import evidence_of, for_others, make_card, pairs_of, recipe_text
 
     patch, place = load_patch(place), Path(place)
     patch = Patch(patch.tensors, for_others(patch.info))
@@ -153,6 +154,8 @@ def files_of(place: str | Path, *, repo: str) -> dict[str, bytes]:
         files["recipe.yaml"] = recipe_text(recipe).encode()
     if scores := patch.info.get("scores"):
         files["scores.json"] = f"{json.dumps(scores, indent=2)}\n".encode()
+    if folder and (evidence := evidence_of(patch, folder)):
+        files["attacks.json"] = f"{evidence.model_dump_json(indent=1, by_alias=True)}\n".encode()
     if folder:
         pairs = pairs_of(folder)
         pictures = [name for pair in pairs for name in (pair.before, pair.after)]

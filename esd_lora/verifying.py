@@ -14,10 +14,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from esd_lora.bases import Base, load_base, quick_dtype
-from esd_lora.card import WORST, rates_of, results_of, rows_of, scores_of, target_of
+from esd_lora.card import WORST, attack_rows, evidence_of, rates_of, results_of, rows_of, scores_of, target_of
 from esd_lora.compose import check_fits
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.errors import BaseModelError, PatchError, RepositoryError
+from esd_lora.evaluate.page import ATTACKS
 from esd_lora.evaluate.rates import Rate, wilson
 from esd_lora.evaluate.scores import AttributeScores, Scores, draw, score, score_attribute
 from esd_lora.exporting import layers_of
@@ -146,10 +147,13 @@ def _places(reference: str) -> tuple[Path, Path | None, bool]:
         file = Path(reference) / FILE_NAME if Path(reference).is_dir() else Path(reference)
         return file, beside if (beside := file.with_name("README.md")).is_file() else None, False
     file = download(match["repo"], match["revision"])
-    try:
-        return file, download(match["repo"], file.parent.name, file="README.md"), True
-    except RepositoryError:
-        return file, None, True
+    found: list[Path | None] = []
+    for name in ("README.md", ATTACKS):
+        try:
+            found.append(download(match["repo"], file.parent.name, file=name))
+        except RepositoryError:
+            found.append(None)
+    return file, found[0], True
 
 
 def _check_hash(file: Path, *, from_hub: bool) -> Check:
@@ -172,9 +176,14 @@ def _check_card(patch: Patch, card: Path | None) -> Check:
         return Check("card", False, "is about another patch; its SHA-256 is not that of these tensors")
     scores = scores_of(patch)
     own = {(r.dataset_name, r.metric_name): r.metric_value for s in scores for r in results_of(s)}
-    rows = [row for s in scores for row in rows_of(s)]
+    try:
+        evidence = evidence_of(patch, card.parent)
+    except PatchError as error:
+        return Check("card", False, str(error))
+    rows = [row for s in scores for row in rows_of(s)] + (attack_rows(evidence) if evidence else [])
     if told != own or Counter(ROW.findall(text)) != Counter(rows):
-        return Check("card", False, "claims other scores than the patch's own header")
+        beside = f" and {ATTACKS}" if evidence else ""
+        return Check("card", False, f"claims other scores than the patch's own header{beside}")
     return Check("card", True, "names these tensors, and claims what the patch's header does")
 
 

@@ -68,6 +68,35 @@ def test_its_metadata_is_what_the_hub_expects(patch: Patch, tmp_path: Path) -> N
     assert results["answer set of hat from cat", "cat kept"].metric_value == 100.0
 
 
+def attacked(patch: Patch, folder: Path, *, weight: float = 1.0, base: str = "/home/me/base") -> Path:
+    """The folder of a patch, with what an attack on it found."""
+    patch.save(folder)
+    rows = [{"prompt": "a caat", "seed": i, "seen": "cat" if i < 5 else "dog"} for i in range(20)]
+    by_name = {"name": "by name", "role": "floor", "passes": 1, "seconds": 1, "rows": [{**rows[0], "seen": "dog"}]}
+    attack = {"name": "paraphrase", "passes": 1, "seconds": 1, "rows": rows, "controls": [by_name]}
+    evidence = {"schema": 1, "base": base, "target": {"kind": "object", "label": "cat"}, "evaluator": "emoji, 1"}
+    used = {"digest": patch.digest, "weight": weight, "erases": "cat"}
+    values = {**evidence, "patches": [used], "settings": {}, "attacks": [attack]}
+    (folder / "attacks.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_attacks_that_lie_beside_a_patch_are_on_its_card_and_published(patch: Patch, tmp_path: Path) -> None:
+    folder = attacked(of(patch, "/home/me/base"), tmp_path / "cat")
+    row = "| paraphrase | 25.0 | 11.2 to 46.9 | 20 | 0.0, by name |"
+    assert row in make_card(load_patch(folder), folder)
+    files = files_of(folder, repo="alice/cat")
+    assert row in files["README.md"].decode()
+    published = json.loads(files["attacks.json"])
+    assert published["base"] == "base"  # and not where it is on this machine
+    assert published["attacks"][0]["rows"][0]["prompt"] == "a caat"
+    with pytest.raises(PatchError, match="is on another patch, or on this one at another weight"):
+        make_card(patch, attacked(patch, tmp_path / "weaker", weight=0.5))
+    (folder / "attacks.json").write_text("{}")
+    with pytest.raises(PatchError, match=r"attacks\.json: not what `attack` writes"):
+        make_card(patch, folder)
+
+
 def test_a_person_reads_scores_recipe_limits_and_licence(patch: Patch) -> None:
     card = make_card(replace(patch, info={**patch.info, "scores": [SCORES]}), repo="alice/cat")
     assert "| UA: target gone | 50.0 | 29.9 to 70.1 | 20 | 100.0 |" in card

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Call
 from fakehub import FakeHub
+from test_card import attacked
 from test_hub import hub  # noqa: F401 (a fixture)
 
 from esd_lora import verifying
@@ -141,6 +142,17 @@ def test_a_table_of_scores_that_the_header_does_not_have_is_named(
         card = folder / "README.md"
         card.write_text(card.read_text() + "\n| UA: target gone | 100.0 | 98.2 to 100.0 | 204 | 0.0 |\n")
         assert wrong(verify(str(folder), device="cpu"))["card"] == "claims other scores than the patch's own header"
+
+
+@pytest.mark.usefixtures("known")
+def test_a_table_of_attacks_is_that_of_the_file_beside_it(patch: Patch, tmp_path: Path) -> None:
+    folder = shared(patch, attacked(patch, tmp_path / "cat", base="emoji"))
+    card = folder / "README.md"
+    assert "| paraphrase | 25.0 | 11.2 to 46.9 |" in card.read_text()
+    assert "card" not in wrong(verify(str(folder), device="cpu"))
+    card.write_text(card.read_text().replace("| 25.0 | 11.2 to", "| 5.0 | 1.2 to"))
+    told = "claims other scores than the patch's own header and attacks.json"
+    assert wrong(verify(str(folder), device="cpu"))["card"] == told
 
 
 def test_a_local_copy_of_the_hubs_cache_was_compared_with_nothing(patch: Patch, tmp_path: Path) -> None:
