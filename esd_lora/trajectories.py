@@ -21,6 +21,7 @@ from torch import Tensor
 
 from esd_lora.bases.base import Base, Condition
 from esd_lora.esd import esd_target
+from esd_lora.pictures import step_noise
 from esd_lora.recipe import Concept, Recipe
 
 EVERYDAY = (
@@ -171,14 +172,14 @@ def record(
         base: With adapters that are on if `edited`, off or none otherwise.
         conditions: The encoded prompts; row 0 is the empty one.
         questions: One for each trajectory; all trajectories move on together.
-        seeds: Of the initial noise, one for each trajectory.
+        seeds: Of the noise, at the start and on the way, one for each trajectory.
         steps: Denoising steps S, from pure noise to the picture.
         guidance_scale: Of the trajectories.
         resolution: In pixels; None for the base's own.
         edited: Move along the student's predictions instead of the teacher's.
         on_step: Called with the number of denoising steps done and their total.
     """
-    sampler = base.sampler(steps, resolution=resolution, seed=seeds[0])
+    sampler = base.sampler(steps, resolution=resolution, generators=step_noise(seeds))
     x_t = sampler.start(base.noise(seeds, resolution=resolution).float())
     guided_here = guidance_scale > 1 and not base.told_guidance
     rows = torch.tensor([q.roles(guided=guided_here) for q in questions])  # (B, roles)

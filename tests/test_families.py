@@ -29,7 +29,7 @@ from esd_lora.errors import PatchError, RecipeError
 from esd_lora.fusing import fuse
 from esd_lora.merging import merge
 from esd_lora.patch import load_patch
-from esd_lora.pictures import generate
+from esd_lora.pictures import generate, step_noise
 from esd_lora.plan import make_plan, step_bytes
 from esd_lora.recipe import Recipe, make_recipe
 from esd_lora.training import train
@@ -268,7 +268,7 @@ def test_trajectories_are_those_of_the_pipelines_own_loop(loop: str) -> None:
     size = {"height": SIDE, "width": SIDE, "num_inference_steps": steps, "guidance_scale": scale}
     latents = base.packed(base.noise([7], resolution=SIDE))
     with inputs_of(base) as theirs, torch.no_grad():
-        pipe(["cat"], latents=latents, generator=torch.Generator().manual_seed(7), output_type="latent", **size)
+        pipe(["cat"], latents=latents, generator=step_noise([7]), output_type="latent", **size)
     conditions = base.encode(["", "cat"], resolution=SIDE, guidance_scale=scale)
     with inputs_of(base) as ours:
         question = Question(s=1, c=1, a=0, eta=1.0)
