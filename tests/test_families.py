@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -197,6 +198,30 @@ def test_a_patch_of_another_base_of_the_same_architecture_works_with_a_warning_t
         attach(tuned, [load_patch(runs["xl"])])
     assert all(str(folder) in str(caught[0].message) for folder in (folders["xl"], tmp_path))
     assert drawn(tuned) != bare
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_a_second_base_shares_all_but_the_denoiser_and_leaves_it_as_it_is(family: str) -> None:
+    pipe: Any = TINY[family]()
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, torch.float16)
+    kept = next(pipe.text_encoder.parameters())
+    kept.data = kept.data.float()  # as some of T5 stays in a pipeline of float16
+    base = base_of(pipe)
+    own, config = base.denoiser, dict(pipe.config)
+    other = base.around(copy.deepcopy(own))
+    assert (base.denoiser is own, other.denoiser is own) == (True, False)
+    for name, part in pipe.components.items():
+        assert (other.pipe.components[name] is part) == (name != base.prefix)
+    assert (kept.dtype, base.dtype, other.dtype) == (torch.float32, torch.float16, torch.float16)
+    assert dict(other.pipe.config) == config
+    other.pipe.register_to_config(told="the second")
+    other.pipe.scheduler = other.scheduler
+    other.denoiser.register_forward_pre_hook(lambda *_: None)
+    assert dict(pipe.config) == config
+    assert pipe.scheduler is not other.pipe.scheduler
+    assert not own._forward_pre_hooks
 
 
 # ---- what the network is given ---------------------------------------------------------------------------------------

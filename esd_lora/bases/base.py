@@ -12,6 +12,7 @@ preset names.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from abc import ABC, abstractmethod
@@ -107,7 +108,8 @@ class Base(ABC):
             denoiser: Of the same architecture.
             fingerprint: Of its weights; None to reckon it.
         """
-        pipe = type(self.pipe).from_pipe(self.pipe, **{self.prefix: denoiser}, dtype=self.dtype)
+        pipe = copy.copy(self.pipe)  # `from_pipe` would cast what is shared
+        pipe.register_modules(**{self.prefix: denoiser})
         pipe.set_progress_bar_config(disable=True)
         return type(self)(pipe, name=self.name, fingerprint=fingerprint, device=self.device)
 
