@@ -84,6 +84,10 @@ class Question:
         """The rows of s, ∅, c and a; where neither guidance nor η asks for ∅, s stands in, which is predicted once."""
         return self.s, 0 if guided or self.eta else self.s, self.c, self.a
 
+    def moves(self, *, guided: bool) -> tuple[int, int]:
+        """The rows of s and ∅ that the student's own trajectory is moved by; where no guidance asks for ∅, s stands in."""
+        return self.s, 0 if guided else self.s
+
 
 @dataclass(frozen=True)
 class Bank:
@@ -183,6 +187,7 @@ def record(
     x_t = sampler.start(base.noise(seeds, resolution=resolution).float())
     guided_here = guidance_scale > 1 and not base.told_guidance
     rows = torch.tensor([q.roles(guided=guided_here) for q in questions])  # (B, roles)
+    moves = torch.tensor([q.moves(guided=guided_here) for q in questions])
     eta = torch.tensor([q.eta for q in questions], device=base.device)[:, None, None, None]
     examples: list[tuple[Tensor, Tensor, Tensor]] = []
     passes = 0
@@ -193,7 +198,7 @@ def record(
         passes += cost
         examples.append((x, t.expand(len(x)), esd_target(eps[3], eps[2], eps[1], eta=eta)))
         if edited:
-            eps, cost = _predict_roles(base, x, t, conditions, rows[:, :2])
+            eps, cost = _predict_roles(base, x, t, conditions, moves)
             passes += cost
         move = base.guide(eps[0], eps[1], guidance_scale=guidance_scale)
         x_t = sampler.step(move, t, x_t)

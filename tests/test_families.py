@@ -455,6 +455,17 @@ def test_passes_are_those_that_the_trainer_counts(family: str, folders: dict[str
     assert told["cost"]["forward_passes"] == planned.passes.total
 
 
+@pytest.mark.parametrize(("family", "student"), [("sd3", 2), ("flux", 1)])
+def test_a_student_that_is_told_the_guidance_is_not_asked_for_the_empty_prompt(
+    family: str, student: int, folders: dict[str, Path]
+) -> None:
+    recipe = recipe_of(folders[family], x_t="edited")
+    planned = make_plan(recipe).passes
+    assert planned.concepts == 3 * (2 + student)
+    patch = train(recipe, load_base(str(folders[family]), device="cpu"))
+    assert patch.info["cost"]["forward_passes"] == planned.total
+
+
 @pytest.mark.parametrize("family", NEW)
 def test_memory_on_meta_is_that_of_a_step_on_the_cpu(family: str) -> None:
     bases = []

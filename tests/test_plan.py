@@ -105,6 +105,7 @@ def test_passes_worked_by_hand() -> None:
         ({"erase": "cat"}, {"x_t": "edited"}, 3 * (2 + 2)),  # teacher and student, at steps 0, 2 and 4
         ({"erase": "hat", "from": "cowboy"}, {"x_t": "edited"}, 3 * (3 + 2)),
         ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1}, 3),  # η asks for ∅
+        ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1, "x_t": "edited"}, 3 * (3 + 1)),
         ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1, "eta": 0}, 2),  # c, a
         ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1, "eta": 0, "x_t": "edited"}, 3 * (2 + 1)),
     ],

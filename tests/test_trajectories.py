@@ -198,6 +198,19 @@ def test_passes_are_the_rows_that_the_denoiser_sees(questions: list[Question], e
     assert len(bank) == len(questions) * STEPS
 
 
+def test_without_guidance_the_student_is_not_asked_for_the_empty_prompt() -> None:
+    base = tiny_base()
+    base.add_adapter(layers="esd-x", rank=4)
+    wake(base)
+    bank, passes = bank_of(base, ERASE_CAT, seeds=[7], guidance_scale=1.0, edited=True)
+    assert passes == (2 + 1) * STEPS
+    both, twice = bank_of(base, ERASE_CAT, seeds=[7], guidance_scale=1.0 + 1e-6, edited=True)  # next to none, with ∅
+    assert twice == (2 + 2) * STEPS
+    # the student's predictions are large here
+    torch.testing.assert_close(bank.x, both.x, rtol=1e-3, atol=ROUNDING)
+    torch.testing.assert_close(bank.target, both.target, rtol=1e-3, atol=ROUNDING)
+
+
 def test_edited_trajectories_follow_the_student_and_ask_the_teacher() -> None:
     base = tiny_base()
     untouched, _ = bank_of(base, ERASE_CAT, seeds=[7])
