@@ -28,7 +28,7 @@ from esd_lora import adversary, directions
 from esd_lora.bases import DTYPES, FAMILIES, Base
 from esd_lora.bases.facts import Facts, facts_of, on_meta, size_of
 from esd_lora.recipe import DType, Recipe
-from esd_lora.training import resolve
+from esd_lora.training import aims, resolve
 from esd_lora.trajectories import preserve_steps, questions_of
 
 AUTHORS_PER_EXAMPLE = 25 * 2 + 3 + 3
@@ -179,7 +179,7 @@ def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int,
     searching = recipe.robust * len({q.s for q in erase}) * adversary.passes(recipe.batch_size)
     training = 3 * recipe.steps * _rows(recipe)
     bank = len(erase) * recipe.trajectories * denoising_steps(recipe.trajectory_steps)
-    aiming = directions.passes(bank) if recipe.init == "differences" else 0
+    aiming = directions.passes(bank) if aims(recipe) else 0
     total = concepts + preservation + searching + aiming + training
     each = total / (recipe.steps * recipe.batch_size)
     return Passes(concepts, preservation, searching, aiming, training, total, each, AUTHORS_PER_EXAMPLE / each)

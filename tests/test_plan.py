@@ -156,6 +156,17 @@ def test_frozen_keys_have_no_moments() -> None:
     assert learned.memory.optimizer - keyed.memory.optimizer == 2 * 4 * frozen
 
 
+def test_where_all_keys_are_frozen_no_pass_looks_for_directions(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"keys": "closed-form", "objective": "paper", "concepts": "cat", "steps": 2, "batch_size": 2}
+    how |= {"trajectories": 1, "trajectory_steps": 3, "rank": 2}
+    folder = save_tiny(tmp_path)
+    strict, more = (recipe_of(folder, layers=layers, **how) for layers in ("esd-x-strict", "esd-x"))
+    assert [count_passes(recipe).aiming for recipe in (strict, more)] == [0, 2 * 3]
+    for recipe in (strict, more):
+        patch = train(recipe, load_base(recipe.base, device="cpu"))
+        assert patch.info["cost"]["forward_passes"] == count_passes(recipe).total
+
+
 def test_default_preserve_list_is_counted() -> None:
     assert count_passes(recipe_of(SD15, preserve=None)).preservation > 20 * 4
 
