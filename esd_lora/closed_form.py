@@ -114,14 +114,15 @@ def _moved(base: Base, asked: Sequence[str], instead: Sequence[str]) -> Tensor:
     """
     states = base.text_states(instead, length=LENGTH)
     asked_ids, instead_ids = (base.token_ids(p, length=LENGTH) for p in (asked, instead))
-    rows = [places(a, b) for a, b in zip(asked_ids, instead_ids, strict=True)]
+    end = base.pipe.tokenizer.eos_token_id
+    rows = [places(a, b, end=end) for a, b in zip(asked_ids, instead_ids, strict=True)]
     return torch.stack([s[r] for s, r in zip(states, rows, strict=True)])
 
 
-def places(asked: Tensor, instead: Tensor) -> Tensor:
-    """For every token of a padded prompt (L,), its place in another; see `_moved`. The padding repeats the last token."""
-    padded = [int((ids != ids[-1]).sum()) for ids in (asked, instead)]  # tokens before the end
+def places(asked: Tensor, instead: Tensor, *, end: int) -> Tensor:
+    """For every token of a padded prompt (L,), its place in another; see `_moved`. `end` is the token that ends a prompt."""
+    before = [int((ids == end).int().argmax()) for ids in (asked, instead)]  # the first end; padding may repeat it
     first = int((asked == instead).int().cumprod(0).sum())  # that differs
     index = torch.arange(len(asked))
-    shifted = (index + padded[1] - padded[0]).clamp(min(first, len(asked) - 1), len(asked) - 1)
+    shifted = (index + before[1] - before[0]).clamp(min(first, len(asked) - 1), len(asked) - 1)
     return torch.where(index < first, index, shifted)

@@ -30,6 +30,7 @@ from esd_lora.bases.base import Base
 from esd_lora.compose import check_fits, concepts_of, in_use, stack
 from esd_lora.keys import concept_prompts, kept_moment, mean_moment, other_words, ridged
 from esd_lora.patch import Patch
+from esd_lora.pictures import step_noise
 from esd_lora.trajectories import default_preserve
 
 Moments = dict[str, Tensor]
@@ -140,8 +141,9 @@ def _features(
     null = base.encode([""], **how)
     for first in range(0, len(prompts), BATCH):
         conditions = base.encode(prompts[first : first + BATCH], **how)
-        sampler = base.sampler(steps, resolution=resolution, seed=first)
-        x_t = sampler.start(base.noise(range(first, first + len(conditions)), resolution=resolution).float())
+        seeds = range(first, first + len(conditions))
+        sampler = base.sampler(steps, resolution=resolution, generators=step_noise(seeds))
+        x_t = sampler.start(base.noise(seeds, resolution=resolution).float())
         for t in sampler.timesteps:
             x = sampler.network_input(x_t, t).to(base.dtype)
             ts = t.expand(len(x))

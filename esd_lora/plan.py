@@ -28,7 +28,7 @@ from esd_lora import adversary, directions
 from esd_lora.bases import DTYPES, FAMILIES, Base
 from esd_lora.bases.facts import Facts, facts_of, on_meta, size_of
 from esd_lora.recipe import DType, Recipe
-from esd_lora.training import resolve
+from esd_lora.training import aims, resolve
 from esd_lora.trajectories import preserve_steps, questions_of
 
 AUTHORS_PER_EXAMPLE = 25 * 2 + 3 + 3
@@ -157,8 +157,8 @@ def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int,
     """How often the denoiser is asked: the number that `train` writes into the patch.
 
     A step of a trajectory asks the teacher once for each different prompt among the student's s, the empty one, the
-    concept c and the anchor a. With `x_t: edited` the student is asked for s and the empty prompt on top, and all
-    of it is done again at each refresh.
+    concept c and the anchor a. With `x_t: edited` the student is asked for s and, for guidance, the empty prompt on top,
+    and all of it is done again at each refresh.
 
     Args:
         recipe: What to train.
@@ -170,8 +170,8 @@ def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int,
     _, erase, preserve = questions_of(resolve(recipe))
     edited = recipe.x_t == "edited"
     banks = math.ceil(recipe.steps / recipe.refresh_every) if edited else 1
-    roles = [q.roles(guided=recipe.guidance_scale > 1 and not told_guidance) for q in erase]
-    asked = sum(len(set(r)) + (len(set(r[:2])) if edited else 0) for r in roles)
+    guided = recipe.guidance_scale > 1 and not told_guidance
+    asked = sum(len(set(q.roles(guided=guided))) + (len(set(q.moves(guided=guided))) if edited else 0) for q in erase)
     concepts = banks * recipe.trajectories * denoising_steps(recipe.trajectory_steps) * asked
     preservation = denoising_steps(preserve_steps(recipe, preserve)) * sum(
         len(set(q.roles(guided=False))) for q in preserve
@@ -179,7 +179,7 @@ def count_passes(recipe: Recipe, *, denoising_steps: Callable[[int], int] = int,
     searching = recipe.robust * len({q.s for q in erase}) * adversary.passes(recipe.batch_size)
     training = 3 * recipe.steps * _rows(recipe)
     bank = len(erase) * recipe.trajectories * denoising_steps(recipe.trajectory_steps)
-    aiming = directions.passes(bank) if recipe.init == "differences" else 0
+    aiming = directions.passes(bank) if aims(recipe) else 0
     total = concepts + preservation + searching + aiming + training
     each = total / (recipe.steps * recipe.batch_size)
     return Passes(concepts, preservation, searching, aiming, training, total, each, AUTHORS_PER_EXAMPLE / each)

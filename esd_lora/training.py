@@ -262,7 +262,7 @@ def _loop(
         _search(run)
         with run.watch.stage("trajectories"):
             _fill_banks(run)
-            if run.step == 0 and recipe.init == "differences":
+            if run.step == 0 and aims(recipe):
                 _aim(run)
         _step(run)
         run.step += 1
@@ -362,6 +362,11 @@ def _fill_banks(run: Run) -> None:
         run.banks["preserve"] = recorded(
             run.preserve, _seed(recipe.seed, 0), steps=steps, guidance_scale=1.0, edited=False
         )
+
+
+def aims(recipe: Recipe) -> bool:
+    """Whether adapters start from a concept's directions; where all lora_A are closed-form keys there is none to aim."""
+    return recipe.init == "differences" and (recipe.keys, recipe.layers) != ("closed-form", "esd-x-strict")
 
 
 def _aim(run: Run) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from esd_lora.bases.base import Base, Condition
 from esd_lora.esd import esd_target
+from esd_lora.pictures import step_noise
 from esd_lora.recipe import Concept, Recipe
 
 EVERYDAY = (
@@ -82,6 +83,10 @@ class Question:
     def roles(self, *, guided: bool) -> tuple[int, int, int, int]:
         """The rows of s, ∅, c and a; where neither guidance nor η asks for ∅, s stands in, which is predicted once."""
         return self.s, 0 if guided or self.eta else self.s, self.c, self.a
+
+    def moves(self, *, guided: bool) -> tuple[int, int]:
+        """The rows of s and ∅ that the student's own trajectory is moved by; where no guidance asks for ∅, s stands in."""
+        return self.s, 0 if guided else self.s
 
 
 @dataclass(frozen=True)
@@ -171,17 +176,18 @@ def record(
         base: With adapters that are on if `edited`, off or none otherwise.
         conditions: The encoded prompts; row 0 is the empty one.
         questions: One for each trajectory; all trajectories move on together.
-        seeds: Of the initial noise, one for each trajectory.
+        seeds: Of the noise, at the start and on the way, one for each trajectory.
         steps: Denoising steps S, from pure noise to the picture.
         guidance_scale: Of the trajectories.
         resolution: In pixels; None for the base's own.
         edited: Move along the student's predictions instead of the teacher's.
         on_step: Called with the number of denoising steps done and their total.
     """
-    sampler = base.sampler(steps, resolution=resolution, seed=seeds[0])
+    sampler = base.sampler(steps, resolution=resolution, generators=step_noise(seeds))
     x_t = sampler.start(base.noise(seeds, resolution=resolution).float())
     guided_here = guidance_scale > 1 and not base.told_guidance
     rows = torch.tensor([q.roles(guided=guided_here) for q in questions])  # (B, roles)
+    moves = torch.tensor([q.moves(guided=guided_here) for q in questions])
     eta = torch.tensor([q.eta for q in questions], device=base.device)[:, None, None, None]
     examples: list[tuple[Tensor, Tensor, Tensor]] = []
     passes = 0
@@ -192,7 +198,7 @@ def record(
         passes += cost
         examples.append((x, t.expand(len(x)), esd_target(eps[3], eps[2], eps[1], eta=eta)))
         if edited:
-            eps, cost = _predict_roles(base, x, t, conditions, rows[:, :2])
+            eps, cost = _predict_roles(base, x, t, conditions, moves)
             passes += cost
         move = base.guide(eps[0], eps[1], guidance_scale=guidance_scale)
         x_t = sampler.step(move, t, x_t)

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RecipeOf, weights_of
+from tiny import tiny_tokenizer
 from torch import Tensor
 
 from esd_lora.bases import Base
-from esd_lora.closed_form import closed_form_patch, edit, edit_moments, places
-from esd_lora.keys import in_templates
+from esd_lora.closed_form import _moved, closed_form_patch, edit, edit_moments, places
+from esd_lora.keys import LENGTH, in_templates
 from esd_lora.training import train
 
 SIZE, OUT = 12, 7
@@ -85,22 +86,31 @@ def test_nothing_to_keep_and_a_rank_to_spare_moves_the_words_all_the_way() -> No
 @pytest.mark.parametrize(
     ("asked", "instead", "expected"),
     [
-        ("sCe", "sAe", [0, 1, 2, 2, 2, 2]),  # word for word
-        ("sCne", "sAne", [0, 1, 2, 3, 3, 3]),
-        ("sCDne", "sAne", [0, 1, 1, 2, 3, 3]),  # two words for one: both become it
-        ("sCne", "sABne", [0, 2, 3, 4, 4, 4]),  # one for two: it becomes the last
-        ("swCne", "swne", [0, 1, 2, 2, 3, 3]),  # for none: it becomes what follows
-        ("sCe", "se", [0, 1, 1, 1, 1, 1]),
-        ("sCe", "sCe", [0, 1, 2, 2, 2, 2]),
+        ("sCe", "sAe", [0, 1, 2, 3, 4, 5]),  # word for word
+        ("sCne", "sAne", [0, 1, 2, 3, 4, 5]),
+        ("sCDne", "sAne", [0, 1, 1, 2, 3, 4]),  # two words for one: both become it
+        ("sCne", "sABne", [0, 2, 3, 4, 5, 5]),  # one for two: it becomes the last
+        ("swCne", "swne", [0, 1, 2, 2, 3, 4]),  # for none: it becomes what follows
+        ("sCe", "se", [0, 1, 1, 2, 3, 4]),
+        ("sCe", "sCe", [0, 1, 2, 3, 4, 5]),
+        ("sCDnwe", "sAnwe", [0, 1, 1, 2, 3, 4]),  # no room for padding
+        ("sCnwe", "sABnwe", [0, 2, 3, 4, 5, 5]),
     ],
 )
-def test_each_token_finds_its_place(asked: str, instead: str, expected: list[int]) -> None:
+@pytest.mark.parametrize("pad", ["e", "!"])
+def test_each_token_finds_its_place(asked: str, instead: str, expected: list[int], pad: str) -> None:
     def ids(text: str) -> Tensor:
-        return torch.tensor([ord(c) for c in text.ljust(6, "e")])
+        return torch.tensor([ord(c) for c in text.ljust(6, pad)])
 
-    found = places(ids(asked), ids(instead))
+    found = places(ids(asked), ids(instead), end=ord("e"))
     same = [ids(instead)[i].item() for i in found.tolist()]
     assert same == [ids(instead)[i].item() for i in expected]  # places within the padding are as good as each other
+
+
+def test_the_end_of_a_prompt_without_padding_meets_that_of_one_with_padding_other_than_the_end(base: Base) -> None:
+    base.pipe.tokenizer = tiny_tokenizer(pad="!")  # as of Stable Diffusion 2; it spells words out
+    full, padded = "a great black cat", "a great black ox"
+    assert torch.equal(_moved(base, [full], [padded])[0, 15], base.text_states([padded], length=LENGTH)[0, 14])
 
 
 def test_templates_differ_in_the_words_alone() -> None:

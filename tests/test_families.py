@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from esd_lora.errors import PatchError, RecipeError
 from esd_lora.fusing import fuse
 from esd_lora.merging import merge
 from esd_lora.patch import load_patch
-from esd_lora.pictures import generate
+from esd_lora.pictures import generate, step_noise
 from esd_lora.plan import make_plan, step_bytes
 from esd_lora.recipe import Recipe, make_recipe
 from esd_lora.training import train
@@ -199,6 +200,30 @@ def test_a_patch_of_another_base_of_the_same_architecture_works_with_a_warning_t
     assert drawn(tuned) != bare
 
 
+@pytest.mark.parametrize("family", list(TINY))
+def test_a_second_base_shares_all_but_the_denoiser_and_leaves_it_as_it_is(family: str) -> None:
+    pipe: Any = TINY[family]()
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, torch.float16)
+    kept = next(pipe.text_encoder.parameters())
+    kept.data = kept.data.float()  # as some of T5 stays in a pipeline of float16
+    base = base_of(pipe)
+    own, config = base.denoiser, dict(pipe.config)
+    other = base.around(copy.deepcopy(own))
+    assert (base.denoiser is own, other.denoiser is own) == (True, False)
+    for name, part in pipe.components.items():
+        assert (other.pipe.components[name] is part) == (name != base.prefix)
+    assert (kept.dtype, base.dtype, other.dtype) == (torch.float32, torch.float16, torch.float16)
+    assert dict(other.pipe.config) == config
+    other.pipe.register_to_config(told="the second")
+    other.pipe.scheduler = other.scheduler
+    other.denoiser.register_forward_pre_hook(lambda *_: None)
+    assert dict(pipe.config) == config
+    assert pipe.scheduler is not other.pipe.scheduler
+    assert not own._forward_pre_hooks
+
+
 # ---- what the network is given ---------------------------------------------------------------------------------------
 
 
@@ -268,7 +293,7 @@ def test_trajectories_are_those_of_the_pipelines_own_loop(loop: str) -> None:
     size = {"height": SIDE, "width": SIDE, "num_inference_steps": steps, "guidance_scale": scale}
     latents = base.packed(base.noise([7], resolution=SIDE))
     with inputs_of(base) as theirs, torch.no_grad():
-        pipe(["cat"], latents=latents, generator=torch.Generator().manual_seed(7), output_type="latent", **size)
+        pipe(["cat"], latents=latents, generator=step_noise([7]), output_type="latent", **size)
     conditions = base.encode(["", "cat"], resolution=SIDE, guidance_scale=scale)
     with inputs_of(base) as ours:
         question = Question(s=1, c=1, a=0, eta=1.0)
@@ -428,6 +453,17 @@ def test_passes_are_those_that_the_trainer_counts(family: str, folders: dict[str
     planned = make_plan(recipe_of(folders[family]))
     told = json.loads(json.dumps(dict(load_patch(runs[family]).info)))
     assert told["cost"]["forward_passes"] == planned.passes.total
+
+
+@pytest.mark.parametrize(("family", "student"), [("sd3", 2), ("flux", 1)])
+def test_a_student_that_is_told_the_guidance_is_not_asked_for_the_empty_prompt(
+    family: str, student: int, folders: dict[str, Path]
+) -> None:
+    recipe = recipe_of(folders[family], x_t="edited")
+    planned = make_plan(recipe).passes
+    assert planned.concepts == 3 * (2 + student)
+    patch = train(recipe, load_base(str(folders[family]), device="cpu"))
+    assert patch.info["cost"]["forward_passes"] == planned.total
 
 
 @pytest.mark.parametrize("family", NEW)

@@ -205,11 +205,16 @@ def test_q_k_and_v_of_self_attention_have_the_same_inputs_and_its_output_others(
     assert not torch.allclose(found[names[0]], found[names[3]])
 
 
-def test_features_are_the_same_every_time_whatever_the_scheduler_draws(base: Base) -> None:
+def test_features_are_the_same_every_time_whatever_the_scheduler_draws(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base.pipe.scheduler = DDPMScheduler.from_config(base.pipe.scheduler.config)
     layer = f"unet.{base.matched('esd-u')[0]}"
     first, again = (_features(base, ["a cat", "a dog"], [layer], steps=3)[layer] for _ in range(2))
     assert torch.equal(first, again)
+    monkeypatch.setattr(fusing, "BATCH", 1)
+    apart = _features(base, ["a cat", "a dog"], [layer], steps=3)[layer]
+    torch.testing.assert_close(apart, first, rtol=1e-4, atol=1e-5)  # float32 sums in batches of another size
 
 
 def test_what_cannot_be_fused_is_refused(base: Base, pair: list[Patch]) -> None:

@@ -105,6 +105,7 @@ def test_passes_worked_by_hand() -> None:
         ({"erase": "cat"}, {"x_t": "edited"}, 3 * (2 + 2)),  # teacher and student, at steps 0, 2 and 4
         ({"erase": "hat", "from": "cowboy"}, {"x_t": "edited"}, 3 * (3 + 2)),
         ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1}, 3),  # η asks for ∅
+        ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1, "x_t": "edited"}, 3 * (3 + 1)),
         ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1, "eta": 0}, 2),  # c, a
         ({"erase": "cat", "replace_with": "dog"}, {"guidance_scale": 1, "eta": 0, "x_t": "edited"}, 3 * (2 + 1)),
     ],
@@ -153,6 +154,17 @@ def test_frozen_keys_have_no_moments() -> None:
     # SD 1.5: 16 cross-attention layers, k and v of 768 inputs each; Adam's two moments of the keys are gone
     frozen = 2 * 16 * 768 * 4
     assert learned.memory.optimizer - keyed.memory.optimizer == 2 * 4 * frozen
+
+
+def test_where_all_keys_are_frozen_no_pass_looks_for_directions(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"keys": "closed-form", "objective": "paper", "concepts": "cat", "steps": 2, "batch_size": 2}
+    how |= {"trajectories": 1, "trajectory_steps": 3, "rank": 2}
+    folder = save_tiny(tmp_path)
+    strict, more = (recipe_of(folder, layers=layers, **how) for layers in ("esd-x-strict", "esd-x"))
+    assert [count_passes(recipe).aiming for recipe in (strict, more)] == [0, 2 * 3]
+    for recipe in (strict, more):
+        patch = train(recipe, load_base(recipe.base, device="cpu"))
+        assert patch.info["cost"]["forward_passes"] == count_passes(recipe).total
 
 
 def test_default_preserve_list_is_counted() -> None:

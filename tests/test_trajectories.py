@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
 )
 from tiny import tiny_pipeline
@@ -21,6 +22,7 @@ from torch import Tensor
 from esd_lora.bases.base import Base
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.esd import esd_target
+from esd_lora.pictures import step_noise
 from esd_lora.recipe import Concept, make_recipe
 from esd_lora.trajectories import EVERYDAY, Bank, Question, default_preserve, questions_of, record
 
@@ -66,7 +68,7 @@ def stock_inputs(base: Base, prompt: str, seed: int) -> tuple[Tensor, Tensor]:
             latents=base.noise([seed]),
             num_inference_steps=STEPS,
             guidance_scale=SCALE,
-            generator=torch.Generator().manual_seed(seed),
+            generator=step_noise([seed]),
             output_type="latent",
         )
     return torch.stack([x[1] for x, _ in seen]), torch.stack([t for _, t in seen])
@@ -127,6 +129,27 @@ def test_each_trajectory_has_its_own_prompt_and_seed() -> None:
         torch.testing.assert_close(bank.x[k::2], x, rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, LCMScheduler])
+def test_noise_on_the_way_is_a_trajectorys_own(scheduler: Any) -> None:
+    base = tiny_base()
+    base.pipe.scheduler = scheduler.from_config(base.pipe.scheduler.config)
+    questions, seeds = [ERASE_CAT, Question(s=2, c=2, a=0, eta=1.0)], [3, 11]
+    beside, _ = bank_of(base, *questions, seeds=seeds, guidance_scale=1.0)
+    for k, (question, seed) in enumerate(zip(questions, seeds, strict=True)):
+        alone, _ = bank_of(base, question, seeds=[seed], guidance_scale=1.0)
+        torch.testing.assert_close(beside.x[k::2], alone.x, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, LCMScheduler])
+def test_the_first_step_adds_other_noise_than_it_starts_from(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base()
+    base.pipe.scheduler = scheduler.from_config(base.pipe.scheduler.config)
+    monkeypatch.setattr(base, "predict", lambda x, t, condition: torch.zeros_like(x))
+    bank, _ = bank_of(base, ERASE_CAT, seeds=[7])
+    start, then = bank.x[:2].flatten(1)
+    assert torch.cosine_similarity(start, then, dim=0) < 0.98  # of the same noise again it would be 1
+
+
 @pytest.mark.parametrize(
     "question",
     [
@@ -173,6 +196,19 @@ def test_passes_are_the_rows_that_the_denoiser_sees(questions: list[Question], e
         bank, passes = bank_of(base, *questions, edited=edited)
     assert passes == sum(len(x) for x, _ in seen) == a_step * STEPS
     assert len(bank) == len(questions) * STEPS
+
+
+def test_without_guidance_the_student_is_not_asked_for_the_empty_prompt() -> None:
+    base = tiny_base()
+    base.add_adapter(layers="esd-x", rank=4)
+    wake(base)
+    bank, passes = bank_of(base, ERASE_CAT, seeds=[7], guidance_scale=1.0, edited=True)
+    assert passes == (2 + 1) * STEPS
+    both, twice = bank_of(base, ERASE_CAT, seeds=[7], guidance_scale=1.0 + 1e-6, edited=True)  # next to none, with ∅
+    assert twice == (2 + 2) * STEPS
+    # the student's predictions are large here
+    torch.testing.assert_close(bank.x, both.x, rtol=1e-3, atol=ROUNDING)
+    torch.testing.assert_close(bank.target, both.target, rtol=1e-3, atol=ROUNDING)
 
 
 def test_edited_trajectories_follow_the_student_and_ask_the_teacher() -> None:

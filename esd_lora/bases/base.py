@@ -12,6 +12,7 @@ preset names.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from abc import ABC, abstractmethod
@@ -107,7 +108,8 @@ class Base(ABC):
             denoiser: Of the same architecture.
             fingerprint: Of its weights; None to reckon it.
         """
-        pipe = type(self.pipe).from_pipe(self.pipe, **{self.prefix: denoiser}, dtype=self.dtype)
+        pipe = copy.copy(self.pipe)  # `from_pipe` would cast what is shared
+        pipe.register_modules(**{self.prefix: denoiser})
         pipe.set_progress_bar_config(disable=True)
         return type(self)(pipe, name=self.name, fingerprint=fingerprint, device=self.device)
 
@@ -344,11 +346,13 @@ class Base(ABC):
         """The prediction that moves a trajectory on: guided, here or by the denoiser itself."""
         return eps_prompt if self.told_guidance else guided(eps_prompt, eps_null, guidance_scale=guidance_scale)
 
-    def sampler(self, steps: int, *, resolution: int | None = None, seed: int = 0) -> Sampler:
-        """A denoising run of so many steps by the base's own scheduler."""
+    def sampler(
+        self, steps: int, *, resolution: int | None = None, generators: list[torch.Generator] | None = None
+    ) -> Sampler:
+        """A denoising run of so many steps by the base's own scheduler; for the generators see `Sampler`."""
         scheduler = self.scheduler
         self.set_timesteps(scheduler, steps, resolution=resolution, device=self.device)
-        return Sampler(scheduler, seed=seed)
+        return Sampler(scheduler, generators=generators)
 
     def free_encoders(self) -> None:
         """Move all but the denoiser to the CPU, to make room for training; `encode` and `generate` bring them back."""

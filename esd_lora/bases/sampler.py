@@ -17,14 +17,13 @@ class Sampler:
 
     Args:
         scheduler: A diffusers scheduler of its own, timesteps set.
-        seed: Of the noise that ancestral schedulers add.
+        generators: What schedulers that add noise draw it from, one for each latent on the CPU; None for torch's own.
     """
 
-    def __init__(self, scheduler: Any, *, seed: int) -> None:
+    def __init__(self, scheduler: Any, *, generators: list[torch.Generator] | None = None) -> None:
         self.scheduler = scheduler
         takes = inspect.signature(scheduler.step).parameters
-        generator = torch.Generator(scheduler.timesteps.device).manual_seed(seed)
-        self._extra = {k: v for k, v in {"generator": generator, "eta": 0.0}.items() if k in takes}
+        self._extra = {k: v for k, v in {"generator": generators, "eta": 0.0}.items() if k in takes}
 
     @property
     def timesteps(self) -> Tensor:

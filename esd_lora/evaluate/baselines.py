@@ -38,7 +38,7 @@ from esd_lora.errors import BaseModelError, RecipeError, TrainingError
 from esd_lora.esd import esd_loss, esd_target
 from esd_lora.evaluate.evaluators import load_network, load_part
 from esd_lora.patch import Patch
-from esd_lora.pictures import Pictures
+from esd_lora.pictures import Pictures, step_noise
 from esd_lora.recipe import Concept, Layers
 
 # ---- what is refused --------------------------------------------------------------------------------------------
@@ -635,7 +635,7 @@ def _partial_trajectory(
         guidance_scale: Of the trajectory.
     """
     seeds = [draw.getrandbits(62) for _ in range(len(pair) // 2)]
-    sampler = base.sampler(steps, seed=seeds[0])
+    sampler = base.sampler(steps, generators=step_noise(seeds))
     along = draw.randrange(first, len(sampler.timesteps))
     x_t = sampler.start(base.noise(seeds).float())
     for t in sampler.timesteps[:along]:
