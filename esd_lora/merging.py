@@ -60,8 +60,9 @@ def merge(
         if part["digest"] in {p["digest"] for p in before}:
             names = Patch({}, part).erases or part["digest"][:12]
             raise PatchError(f"the patch that erases {names} is in the weights of {base.name} already")
-    pipe = type(base.pipe).from_pipe(base.pipe, **{base.prefix: merged_denoiser(base, together)}, dtype=torch.float32)
-    denoiser = getattr(pipe, base.prefix).to(DTYPES[dtype])  # not before, for `from_pipe` casts too
+    denoiser = merged_denoiser(base, together).to(DTYPES[dtype])
+    pipe = copy.copy(base.pipe)  # `from_pipe` would cast what is shared
+    pipe.register_modules(**{base.prefix: denoiser})
     for name in together.ranks:
         if not torch.isfinite(denoiser.get_submodule(name.removeprefix(f"{base.prefix}.")).weight).all():
             raise PatchError(f"{name}: not finite in {dtype} with the patches in it; give them less weight")

@@ -64,6 +64,15 @@ def test_the_merged_denoiser_is_cast_once_and_the_other_parts_stay(base: Base, p
     assert generate(half, ["cat"], [0], steps=2)[0].size == (16, 16)
 
 
+def test_merging_leaves_the_other_parts_as_they_are(base: Base, patch: Patch, tmp_path: Path) -> None:
+    """A pipeline may have its encoder in another type than its denoiser, which is the one that is merged."""
+    base.pipe.text_encoder.half()
+    merge(base, [patch], out=tmp_path / "merged")
+    assert base.pipe.text_encoder.dtype == torch.float16
+    with safe_open(tmp_path / "merged" / "text_encoder" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+
+
 def test_a_patch_is_merged_once(base: Base, patch: Patch, tmp_path: Path) -> None:
     once = load_base(str(merge(base, [patch], out=tmp_path / "once")))
     with pytest.warns(UserWarning, match="weights of .* differ"), pytest.raises(PatchError) as caught:
