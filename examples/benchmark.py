@@ -120,7 +120,8 @@ class Bench:
     @property
     def setting(self) -> dict[str, Any]:
         """Whatever else must be the same for the counts of targets to stand together."""
-        hashes = {"base": self.base.fingerprint, "evaluator": self.evaluator.digest}
+        base, evaluator = self.base, self.evaluator
+        hashes = {"base": base.fingerprint, "parts": base.parts_fingerprint, "evaluator": evaluator.digest}
         return {
             **hashes,
             "sampling": asdict(SAMPLING),
