@@ -63,6 +63,7 @@ class Fault:
     path: str
     times: int
     status: int | None = None
+    body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut: bool = False
     """Close the connection in the middle: of the body that comes, or of the one that goes."""
@@ -147,7 +148,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     return
                 self.body = self.read_body()
                 if self.fault and self.fault.status:
-                    self.send(self.fault.status, {"error": "ordered"}, self.fault.headers)
+                    self.send(self.fault.status, self.fault.body or {"error": "ordered"}, self.fault.headers)
                     return
                 for method, pattern, name in ROUTES:
                     match = re.fullmatch(pattern, url.path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import warnings
@@ -242,12 +244,22 @@ def test_a_base_that_is_not_there_is_named(name: str, message: str, tmp_path: Pa
     assert str(caught.value) == message
 
 
-def test_a_connection_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [hub_errors.HTTPError, RuntimeError])  # the latter is hf_xet's
+def test_a_connection_that_breaks_off_is_one_line(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise hub_errors.HTTPError("407 Proxy Authentication Required")
+        raise kind("407 Proxy Authentication Required")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(BaseModelError, match=r"^a/b: no such folder, and the Hub cannot be reached: 407 Proxy"):
+        load_base("a/b", device="cpu")
+
+
+def test_a_cache_that_cannot_be_written_to_is_not_taken_for_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/cache/blobs")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
+    with pytest.raises(BaseModelError, match=r"^a/b: cannot write to /cache/blobs: Permission denied$"):
         load_base("a/b", device="cpu")
 
 

@@ -98,6 +98,15 @@ def test_configs_that_are_not_to_be_had_are_named(file: Path, cached: Path) -> N
     )
 
 
+def test_configs_whose_transfer_breaks_are_named(file: Path, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("Data processing error: connection refused")  # as hf_xet raises it
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    with pytest.raises(BaseModelError, match=r" are not to be had: Data processing error: connection refused$"):
+        load_base(str(file), device="cpu")
+
+
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     lora, text = tmp_path / "lora.safetensors", tmp_path / "text.safetensors"
     save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, lora)

@@ -21,7 +21,7 @@ from esd_lora.bases.single_file import SingleFile, single_file
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.bases.stable_diffusion_xl import StableDiffusionXLBase
 from esd_lora.bases.transformers import FluxBase, StableDiffusion3Base
-from esd_lora.errors import BaseModelError
+from esd_lora.errors import BaseModelError, unwritable
 from esd_lora.recipe import DType
 
 __all__ = ["Base", "Condition", "base_of", "load_base", "local_file", "pick_device", "quick_dtype"]
@@ -183,7 +183,7 @@ def configs_of(file: SingleFile) -> Path:
     try:
         path = from_hub(file.like, "model_index.json", None)
         snapshot_download(file.like, allow_patterns=["*/*.json", "*/*.txt", "*/*.model"], revision=path.parent.name)
-    except (BaseModelError, HTTPError, OSError) as error:
+    except (BaseModelError, HTTPError, OSError, RuntimeError) as error:
         raise BaseModelError(
             f"{file.path}: a single file has no tokenizer and no configs, and those of {file.like} are not to be had: "
             f"{first_line(error)}"
@@ -242,8 +242,9 @@ def from_hub(name: str, file: str, revision: str | None, *, optional: bool = Fal
         raise BaseModelError(
             f"{name}: no such folder; {file} is not on the Hub, or not in the cache while offline"
         ) from None
-    except (HTTPError, OSError) as error:
-        raise BaseModelError(f"{name}: no such folder, and the Hub cannot be reached: {first_line(error)}") from None
+    except (HTTPError, OSError, RuntimeError) as error:
+        what = unwritable(error) or f"no such folder, and the Hub cannot be reached: {first_line(error)}"
+        raise BaseModelError(f"{name}: {what}") from None
 
 
 def local_file(base: Base, file: str) -> Path | None:
