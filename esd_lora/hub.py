@@ -177,7 +177,7 @@ def push(
     Args:
         files: See `files_of`.
         repo: `user/name`; made if it is not there.
-        private: Make it private; a public one is then refused.
+        private: Make it private; a public one is then refused. Without it a new one is what its owner's are by default.
         revision: Branch to commit to; made if it is not there.
         create_pr: Open a pull request instead of writing to the branch.
         message: The commit's.
@@ -192,7 +192,7 @@ def push(
     api = HfApi(library_name="esd_lora", library_version=esd_lora.__version__)
     with explained(repo, revision):
         if not (create_pr and api.repo_exists(repo)):
-            api.create_repo(repo, private=private, exist_ok=True)
+            api.create_repo(repo, private=private or None, exist_ok=True)  # None: as its owner's are made
         if private and not api.model_info(repo).private:
             raise RepositoryError(f"{repo}: is public; make it private on the Hub first, or choose another name")
         if revision and not create_pr:

@@ -195,6 +195,12 @@ def test_a_private_repository_is_for_its_owner(
     assert find_patch("alice/cat").digest == patch.digest
 
 
+def test_a_new_repository_is_private_where_those_of_its_owner_are(hub: FakeHub, patch_folder: Path) -> None:
+    hub.visibility = "private"
+    published(patch_folder)
+    assert hub.repos["alice/cat"].private
+
+
 def test_what_is_public_is_not_pushed_to_as_if_it_were_private(hub: FakeHub, patch_folder: Path) -> None:
     HfApi().create_repo("alice/cat")
     with pytest.raises(RepositoryError, match=r"^alice/cat: is public; make it private on the Hub first, or choose"):
