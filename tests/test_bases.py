@@ -338,7 +338,8 @@ def test_a_folder_has_no_revision_and_the_hubs_cache_has(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "snapshots" / "sd15"))
-    assert load_base(str(folder), device="cpu").revision is None
+    for revision in (None, "main"):
+        assert load_base(str(folder), revision=revision, device="cpu").revision is None
     commit = Path(shutil.copytree(tiny_folder, tmp_path / "models--someone--tiny" / "snapshots" / "c0ffee"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, *, revision: str(commit / file))
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *_, **how: tiny_pipeline())

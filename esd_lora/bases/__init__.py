@@ -46,7 +46,7 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
 
     Args:
         name: `emoji`, a folder with a diffusers pipeline, a single `.safetensors` checkpoint, or a Hub id.
-        revision: Branch, tag or commit on the Hub.
+        revision: Branch, tag or commit on the Hub; a folder or file has none.
         device: Such as `cuda:1`; by default the first of cuda, mps, cpu that is there.
         dtype: Precision of the weights; see `quick_dtype`.
 
@@ -61,8 +61,7 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     source = str(EMOJI) if name == "emoji" else name
     file = single_file(Path(source)) if Path(source).is_file() else None
     path = configs_of(file) if file else index_path(name, source, revision)
-    if not Path(source).exists():
-        revision = commit_of(path) or revision  # what a branch or tag means today
+    revision = None if Path(source).exists() else commit_of(path) or revision  # what a branch or tag means today
     index = read_json(name, "model_index.json", path)
     family = family_of(name, index)
     kind = getattr(diffusers, index["_class_name"])
