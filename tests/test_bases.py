@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import same, wake, weights_of
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from huggingface_hub import errors as hub_errors
 from tiny import save_tiny, tiny_pipeline
 from torch import Tensor
@@ -299,6 +299,40 @@ def test_a_broken_pipeline_is_named_in_one_line(copied: Path, file: str, content
         load_base(str(copied), device="cpu")
     assert str(caught.value).startswith(f"{copied}: {message}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("model_index.json", "scheduler", [], "a wrong value in its configs (IndexError: list index out of range)"),
+        ("text_encoder/config.json", "hidden_act", "sigh", "a wrong value in its configs (KeyError: 'sigh')"),
+        ("unet/config.json", "norm_num_groups", 0, "a wrong value in its configs (ZeroDivisionError: "),
+    ],
+)
+def test_a_config_with_a_wrong_value_is_named_in_one_line(
+    copied: Path, file: str, key: str, value: object, message: str
+) -> None:
+    config = copied / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(BaseModelError) as caught:
+        load_base(str(copied), device="cpu")
+    assert str(caught.value).startswith(f"{copied}: cannot load the pipeline: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_library_that_a_part_needs_is_named_with_how_to_install_it(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: object, **__: object) -> None:
+        raise ImportError(
+            "\nIt requires the scipy library. You can install it with pip: `pip install\nscipy`\n"
+        )  # as it is broken
+
+    monkeypatch.setattr(DDIMScheduler, "from_pretrained", lacking)
+    with pytest.raises(BaseModelError) as caught:
+        load_base(str(copied), device="cpu")
+    told = "It requires the scipy library. You can install it with pip: `pip install scipy`"
+    assert str(caught.value) == f"{copied}: cannot load the pipeline: {told}"
 
 
 @pytest.mark.parametrize(

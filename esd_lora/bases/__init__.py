@@ -37,6 +37,11 @@ FAMILIES: dict[str, type[Base]] = {
 
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_ODD = (ArithmeticError, AttributeError, LookupError, TypeError)
+"""What the libraries raise when they stumble over a value in a config."""
+BROKEN = (*_ODD, HTTPError, ImportError, OSError, RuntimeError, SafetensorError, SingleFileComponentError, ValueError)
+"""What they raise for a pipeline that cannot be loaded, one way or another."""
+
 EMOJI = Path(__file__).parent.parent / "emoji" / "base"
 """The embedded base."""
 
@@ -74,16 +79,8 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
         else:
             dtypes = {"default": DTYPES[dtype], family.prefix: first}
             pipe = kind.from_pretrained(source, revision=revision, dtype=dtypes, use_safetensors=True, **extra)
-    except (
-        HTTPError,
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        SafetensorError,
-        SingleFileComponentError,
-    ) as error:
-        raise BaseModelError(f"{name}: cannot load the pipeline: {first_line(error)}") from error
+    except BROKEN as error:
+        raise BaseModelError(f"{name}: cannot load the pipeline: {reason_of(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     fingerprint = fingerprint_of(getattr(pipe, family.prefix))
     for part in pipe.components.values():
@@ -263,3 +260,12 @@ def local_file(base: Base, file: str) -> Path | None:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, shortened."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def reason_of(error: Exception) -> str:
+    """Why a pipeline or a part of it cannot be made, in one line, by one of the `BROKEN`."""
+    if isinstance(error, ImportError):  # tells over several lines what to install
+        return " ".join(str(error).split())
+    if isinstance(error, _ODD):
+        return f"a wrong value in its configs ({type(error).__name__}: {first_line(error)})"
+    return first_line(error)
