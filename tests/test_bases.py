@@ -16,7 +16,7 @@ import torch
 from conftest import same, wake, weights_of
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from huggingface_hub import errors as hub_errors
-from tiny import save_tiny, tiny_pipeline
+from tiny import TINY, save_tiny, tiny_pipeline
 from torch import Tensor
 
 from esd_lora.bases import Base, load_base, local_file, pick_device, quick_dtype
@@ -209,6 +209,45 @@ def test_fingerprint_is_that_of_the_weights_in_any_precision(tiny_folder: Path) 
     weight = base.denoiser.get_parameter("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.base_layer.weight")
     weight.data[0, 0] += 0.01
     assert fingerprint_of(base.denoiser) != base.fingerprint
+
+
+def test_the_fingerprint_is_of_what_a_bf16_number_is_in_float16_with_or_without_float32_between() -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = every[~every.isnan()]
+    assert torch.equal(numbers.half().view(torch.int16), numbers.float().half().view(torch.int16))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_what_is_stored_in_bf16_is_loaded_so_with_the_same_fingerprint(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TINY[family]().to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded: list[torch.dtype] = []
+
+    def reckoned(denoiser: torch.nn.Module) -> str:
+        loaded.append(next(denoiser.parameters()).dtype)
+        return fingerprint_of(denoiser)
+
+    monkeypatch.setattr("esd_lora.bases.fingerprint_of", reckoned)
+    half, full = (load_base(str(tmp_path), device="cpu", dtype=d) for d in ("bf16", "fp32"))  # type: ignore[arg-type]
+    assert loaded == [torch.bfloat16, torch.float32]
+    assert half.fingerprint == full.fingerprint
+    full.denoiser.to(torch.bfloat16)
+    for of in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):
+        assert same(dict(of(half.denoiser)), dict(of(full.denoiser)))
+
+
+def test_a_download_is_asked_for_its_precision_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "snapshots" / "c0ffee"
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, *, revision: str(folder / file))
+    monkeypatch.setattr(StableDiffusionPipeline, "download", lambda name, **how: folder)
+    for precision in (torch.float32, torch.bfloat16):
+        tiny_pipeline().to(precision).save_pretrained(folder)
+        with monkeypatch.context() as once:
+            once.setattr("esd_lora.bases.fingerprint_of", lambda d: str(next(d.parameters()).dtype))
+            assert load_base("someone/tiny", device="cpu", dtype="bf16").fingerprint == str(precision)
 
 
 def test_a_base_loaded_from_disk_is_the_pipeline_that_was_saved(base: Base, tiny_folder: Path) -> None:

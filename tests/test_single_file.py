@@ -13,7 +13,7 @@ from ldm import MARK, save_single_file
 from safetensors.torch import save_file
 from tiny import save_tiny, tiny_pipeline
 
-from esd_lora.bases import load_base
+from esd_lora.bases import load_base, stored_in_bf16
 from esd_lora.bases.facts import facts_of
 from esd_lora.bases.single_file import single_file
 from esd_lora.errors import BaseModelError
@@ -60,6 +60,14 @@ def test_a_single_file_can_be_loaded_in_half_precision(dtype: str, file: Path, c
     assert {p.dtype for p in half.denoiser.parameters()} == {half.dtype}
     assert half.dtype != torch.float32
     assert half.fingerprint == load_base(str(tiny_folder), device="cpu").fingerprint
+
+
+def test_a_single_file_that_is_stored_in_bf16_has_the_same_fingerprint_in_bf16(tmp_path: Path, cached: Path) -> None:
+    path = save_single_file(tiny_pipeline().to(torch.bfloat16), tmp_path / "half.safetensors")
+    assert stored_in_bf16(path, "unet")
+    half, full = (load_base(str(path), device="cpu", dtype=d) for d in ("bf16", "fp32"))  # type: ignore[arg-type]
+    assert half.fingerprint == full.fingerprint
+    assert same(half.denoiser.state_dict(), full.denoiser.to(torch.bfloat16).state_dict())
 
 
 def test_a_patch_is_trained_and_planned_on_a_single_file(file: Path, cached: Path) -> None:

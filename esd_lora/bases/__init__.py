@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from esd_lora.bases.base import Base, Condition, fingerprint_of
@@ -71,23 +71,37 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     family = family_of(name, index)
     kind = getattr(diffusers, index["_class_name"])
     extra: dict[str, Any] = {k: None for k in ("safety_checker", "feature_extractor", "image_encoder") if k in index}
-    # bfloat16 loses the bits that the fingerprint is made of, so the denoiser is cast afterwards
-    first = torch.float32 if dtype == "bf16" else DTYPES[dtype]
+    how: dict[str, Any] = {"revision": revision, "use_safetensors": True, **extra}
+    place = Path(source)
     try:
+        if dtype == "bf16" and not place.exists():
+            place = Path(kind.download(source, **how))
+        # bfloat16 loses bits that the fingerprint is made of: a denoiser that is stored with more is cast afterwards
+        widened = dtype == "bf16" and not stored_in_bf16(place, family.prefix)
+        first = torch.float32 if widened else DTYPES[dtype]
         if file:
             pipe = file.load(kind, path.parent, dtype=first, **extra)
         else:
             dtypes = {"default": DTYPES[dtype], family.prefix: first}
-            pipe = kind.from_pretrained(source, revision=revision, dtype=dtypes, use_safetensors=True, **extra)
+            pipe = kind.from_pretrained(source, dtype=dtypes, **how)
     except BROKEN as error:
         raise BaseModelError(f"{name}: cannot load the pipeline: {reason_of(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     fingerprint = fingerprint_of(getattr(pipe, family.prefix))
     for part in pipe.components.values():
-        if isinstance(part, nn.Module) and first != DTYPES[dtype]:
+        if isinstance(part, nn.Module) and dtype == "bf16":
             nn.Module.to(part, DTYPES[dtype])  # diffusers' own `to` warns even where nothing has to stay float32
     getattr(pipe, family.prefix).to(where)  # the others come when they are needed
     return family(pipe, name=name, revision=revision, fingerprint=fingerprint, device=where)
+
+
+def stored_in_bf16(place: Path, part: str) -> bool:
+    """Whether all of a single file, or a part of the pipeline in a folder, such as `unet`, is stored in bf16 alone."""
+    found: set[str] = set()
+    for path in [place] if place.is_file() else place.glob(f"{part}/*.safetensors"):
+        with safe_open(path, framework="pt") as store:
+            found |= {store.get_slice(key).get_dtype() for key in store.keys()}  # noqa: SIM118 (not a mapping)
+    return found == {"BF16"}
 
 
 def family_of(name: str, index: Mapping[str, Any]) -> type[Base]:
