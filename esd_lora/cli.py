@@ -119,7 +119,7 @@ def train(
     device = device or processes.own_device()
     loaded: dict[tuple[str | None, ...], Base] = {}
     facts: dict[str, dict[str, Any]] = {}
-    failed: dict[str, EsdLoraError] = {}
+    failed: dict[str, type[EsdLoraError]] = {}
     for folder, wanted in jobs.items():
         try:
             name, revision, dtype = key = wanted.base, wanted.revision, wanted.dtype
@@ -131,13 +131,13 @@ def train(
         except EsdLoraError as error:
             if len(jobs) == 1:
                 raise
-            failed[str(folder)] = error
+            failed[str(folder)] = type(error)  # the error itself would hold on to what the run had in memory
             stderr.print(f"error: {folder}: {error}", markup=False, soft_wrap=True)
     processes.leave()
     _print(facts if len(jobs) > 1 else facts.popitem()[1], as_json=as_json)
     if failed:
-        worst = min(failed.values(), key=lambda error: error.exit_code)
-        raise type(worst)(f"{len(failed)} of {len(jobs)} recipes failed: {', '.join(failed)}")
+        worst = min(failed.values(), key=lambda kind: kind.exit_code)
+        raise worst(f"{len(failed)} of {len(jobs)} recipes failed: {', '.join(failed)}")
 
 
 def _jobs(recipes: list[str], out: Path | None, **options: Any) -> dict[Path, Recipe]:
@@ -298,8 +298,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
 
     if name:
         path = _shipped(name)
+        values = read_recipe(path)
         if as_json:
-            _print(read_recipe(path), as_json=True)
+            _print(values, as_json=True)
         else:
             print(path.read_text(encoding="utf-8"), end="")  # noqa: T201
         return

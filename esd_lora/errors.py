@@ -13,6 +13,11 @@ EsdLoraError              exit code 1: a failure
 
 from __future__ import annotations
 
+import errno
+
+DISK = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EROFS)
+"""By which the system says that a place cannot be written to."""
+
 
 class EsdLoraError(Exception):
     """Root of the package's exceptions; `exit_code` is what the command line returns."""
@@ -52,3 +57,10 @@ class RepositoryError(UserError):
 
 class OutputError(UserError):
     """A place that cannot be written to."""
+
+
+def unwritable(error: Exception) -> str:
+    """What an error of a download says where it is the disk that refuses; empty where it is not."""
+    if not isinstance(error, OSError) or error.errno not in DISK:
+        return ""
+    return f"cannot write to {error.filename or 'the cache of the Hub'}: {error.strerror}"

@@ -131,7 +131,9 @@ def layers_of(base: str, revision: str | None = None) -> dict[str, tuple[int, in
 
 def _commit_of(base: str, revision: str | None) -> str | None:
     """The commit that the revision of a Hub id means today, where that can be had; by it a card knows that it is one."""
-    if base != "emoji" and base not in LICENCES and not Path(base).exists():
+    if base == "emoji" or Path(base).exists():
+        return None
+    if base not in LICENCES:
         with suppress(BaseModelError):
             return commit_of(index_path(base, base, revision)) or revision
     return revision

@@ -21,7 +21,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
 import esd_lora
-from esd_lora.errors import HubError, RepositoryError
+from esd_lora.errors import HubError, OutputError, RepositoryError, unwritable
 from esd_lora.patch import FILE_NAME, Patch, check_empty, load_patch, whole
 
 OURS = (
@@ -85,6 +85,7 @@ def download(repo: str, revision: str | None = None, *, file: str = FILE_NAME) -
     Raises:
         RepositoryError: See `find_patch`.
         HubError: The Hub cannot be reached, or sends something else than it promised.
+        OutputError: The cache cannot be written to.
     """
 
     def fetch(**how: bool) -> Path:
@@ -179,7 +180,7 @@ def push(
     Args:
         files: See `files_of`.
         repo: `user/name`; made if it is not there.
-        private: Make it private; a public one is then refused.
+        private: Make it private; a public one is then refused. Without it a new one is what its owner's are by default.
         revision: Branch to commit to; made if it is not there.
         create_pr: Open a pull request instead of writing to the branch.
         message: The commit's.
@@ -194,7 +195,7 @@ def push(
     api = HfApi(library_name="esd_lora", library_version=esd_lora.__version__)
     with explained(repo, revision):
         if not (create_pr and api.repo_exists(repo)):
-            api.create_repo(repo, private=private, exist_ok=True)
+            api.create_repo(repo, private=private or None, exist_ok=True)  # None: as its owner's are made
         if private and not api.model_info(repo).private:
             raise RepositoryError(f"{repo}: is public; make it private on the Hub first, or choose another name")
         if revision and not create_pr:
@@ -274,6 +275,7 @@ def explained(name: str, revision: str | None = None) -> Iterator[None]:
 
     Raises:
         RepositoryError: The user can put it right.
+        OutputError: The Hub's cache cannot be written to.
         HubError: The Hub or the connection failed.
     """
     try:
@@ -301,11 +303,24 @@ def explained(name: str, revision: str | None = None) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise _of_status(name, error) from None
     except RuntimeError as error:  # what the client makes of a large file that does not get through
+        if error.__cause__ is None:
+            raise HubError(f"{name}: the transfer failed ({_told(error)}); try again") from None
         with explained(name, revision):
-            raise error.__cause__ or error from None
+            raise error.__cause__ from None
+    except (json.JSONDecodeError, UnicodeDecodeError):  # the page of something on the way, taken for an answer
+        raise HubError(f"{name}: the Hub's answer cannot be read; try again later") from None
+    except ValueError as error:  # what the Hub says of a card's metadata
+        raise RepositoryError(f"{name}: the Hub refuses it: {_told(error)}") from None
     except (errors.HTTPError, OSError) as error:  # no answer at all, or one that broke off
-        what = " ".join(str(error).split())[:120] or type(error).__name__
-        raise HubError(f"{name}: the connection to the Hub failed ({what}); nothing is half-done, try again") from None
+        if refusal := unwritable(error):
+            raise OutputError(f"{name}: {refusal}") from None
+        failed = f"the connection to the Hub failed ({_told(error)})"
+        raise HubError(f"{name}: {failed}; nothing is half-done, try again") from None
+
+
+def _told(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _of_status(name: str, error: errors.HfHubHTTPError) -> HubError | RepositoryError:

@@ -12,6 +12,7 @@ torch is imported where numbers are handled, so that what a patch is can be told
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ import re
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired
@@ -234,6 +235,9 @@ def write_file(path: Path, data: bytes) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """A place for a file or folder that is at `path` afterwards, for all to read; where that fails nothing is left.
 
+    An empty folder at `path` is filled and not replaced, which may be impossible: it may be the one that we are in, a mount
+    point, or in a folder that cannot be written to.
+
     Raises:
         OutputError: The folder cannot be made or written to, or the disk is full.
     """
@@ -241,12 +245,16 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         made = [p for p in path.parents if not p.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        there = path.is_dir()
+        with tempfile.TemporaryDirectory(dir=path if there else path.parent, prefix=f".{path.name}.") as folder:
             part = Path(folder) / "part"
             yield part
             for p in (part, *part.rglob("*")):
                 p.chmod(0o755 if p.is_dir() else 0o644)
-            part.replace(path)
+            if there and part.is_dir():
+                _fill(path, part)
+            else:
+                part.replace(path)
         made = []
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path}: cannot write: {getattr(error, 'strerror', None) or error}") from error
@@ -254,6 +262,17 @@ def whole(path: Path) -> Iterator[Path]:
         for p in made:  # deepest first
             with suppress(OSError):
                 p.rmdir()
+
+
+def _fill(folder: Path, part: Path) -> None:
+    """Move all that is in a part to the folder that it is made in; where that fails, or the folder holds more, nothing."""
+    if any(p.name != part.parent.name for p in folder.iterdir()):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+    with ExitStack() as undone:
+        for p in sorted(part.iterdir()):
+            moved = p.replace(folder / p.name)
+            undone.callback(moved.replace, p)
+        undone.pop_all()
 
 
 def unfinished(folder: Path) -> list[Path]:

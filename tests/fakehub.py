@@ -63,6 +63,7 @@ class Fault:
     path: str
     times: int
     status: int | None = None
+    body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut: bool = False
     """Close the connection in the middle: of the body that comes, or of the one that goes."""
@@ -92,6 +93,7 @@ class FakeHub:
         self.requests: list[tuple[str, str]] = []
         self.uploaded = 0
         self.gone = False
+        self.visibility = "public"  # of what is made without a word on it, as organisations set it
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -147,7 +149,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     return
                 self.body = self.read_body()
                 if self.fault and self.fault.status:
-                    self.send(self.fault.status, {"error": "ordered"}, self.fault.headers)
+                    self.send(self.fault.status, self.fault.body or {"error": "ordered"}, self.fault.headers)
                     return
                 for method, pattern, name in ROUTES:
                     match = re.fullmatch(pattern, url.path)
@@ -229,7 +231,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             if id in hub.repos:
                 self.send(409, {"error": "You already created this model repo", "url": f"{hub.url}/{id}"})
                 return
-            repo = hub.repos[id] = Repo(owner, asked.get("visibility") == "private")
+            repo = hub.repos[id] = Repo(owner, asked.get("visibility", hub.visibility) == "private")
             repo.add("main", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "initial commit")
             self.send(200, {"url": f"{hub.url}/{id}"})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import warnings
@@ -12,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import same, wake, weights_of
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from huggingface_hub import errors as hub_errors
-from tiny import save_tiny, tiny_pipeline
+from tiny import TINY, save_tiny, tiny_pipeline
 from torch import Tensor
 
 from esd_lora.bases import Base, load_base, local_file, pick_device, quick_dtype
@@ -209,6 +211,45 @@ def test_fingerprint_is_that_of_the_weights_in_any_precision(tiny_folder: Path) 
     assert fingerprint_of(base.denoiser) != base.fingerprint
 
 
+def test_the_fingerprint_is_of_what_a_bf16_number_is_in_float16_with_or_without_float32_between() -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = every[~every.isnan()]
+    assert torch.equal(numbers.half().view(torch.int16), numbers.float().half().view(torch.int16))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_what_is_stored_in_bf16_is_loaded_so_with_the_same_fingerprint(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TINY[family]().to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded: list[torch.dtype] = []
+
+    def reckoned(denoiser: torch.nn.Module) -> str:
+        loaded.append(next(denoiser.parameters()).dtype)
+        return fingerprint_of(denoiser)
+
+    monkeypatch.setattr("esd_lora.bases.fingerprint_of", reckoned)
+    half, full = (load_base(str(tmp_path), device="cpu", dtype=d) for d in ("bf16", "fp32"))  # type: ignore[arg-type]
+    assert loaded == [torch.bfloat16, torch.float32]
+    assert half.fingerprint == full.fingerprint
+    full.denoiser.to(torch.bfloat16)
+    for of in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):
+        assert same(dict(of(half.denoiser)), dict(of(full.denoiser)))
+
+
+def test_a_download_is_asked_for_its_precision_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "snapshots" / "c0ffee"
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, *, revision: str(folder / file))
+    monkeypatch.setattr(StableDiffusionPipeline, "download", lambda name, **how: folder)
+    for precision in (torch.float32, torch.bfloat16):
+        tiny_pipeline().to(precision).save_pretrained(folder)
+        with monkeypatch.context() as once:
+            once.setattr("esd_lora.bases.fingerprint_of", lambda d: str(next(d.parameters()).dtype))
+            assert load_base("someone/tiny", device="cpu", dtype="bf16").fingerprint == str(precision)
+
+
 def test_a_base_loaded_from_disk_is_the_pipeline_that_was_saved(base: Base, tiny_folder: Path) -> None:
     saved = tiny_pipeline()
     assert same(base.denoiser.state_dict(), saved.unet.state_dict())
@@ -242,12 +283,22 @@ def test_a_base_that_is_not_there_is_named(name: str, message: str, tmp_path: Pa
     assert str(caught.value) == message
 
 
-def test_a_connection_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [hub_errors.HTTPError, RuntimeError])  # the latter is hf_xet's
+def test_a_connection_that_breaks_off_is_one_line(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise hub_errors.HTTPError("407 Proxy Authentication Required")
+        raise kind("407 Proxy Authentication Required")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(BaseModelError, match=r"^a/b: no such folder, and the Hub cannot be reached: 407 Proxy"):
+        load_base("a/b", device="cpu")
+
+
+def test_a_cache_that_cannot_be_written_to_is_not_taken_for_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/cache/blobs")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
+    with pytest.raises(BaseModelError, match=r"^a/b: cannot write to /cache/blobs: Permission denied$"):
         load_base("a/b", device="cpu")
 
 
@@ -290,6 +341,40 @@ def test_a_broken_pipeline_is_named_in_one_line(copied: Path, file: str, content
 
 
 @pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("model_index.json", "scheduler", [], "a wrong value in its configs (IndexError: list index out of range)"),
+        ("text_encoder/config.json", "hidden_act", "sigh", "a wrong value in its configs (KeyError: 'sigh')"),
+        ("unet/config.json", "norm_num_groups", 0, "a wrong value in its configs (ZeroDivisionError: "),
+    ],
+)
+def test_a_config_with_a_wrong_value_is_named_in_one_line(
+    copied: Path, file: str, key: str, value: object, message: str
+) -> None:
+    config = copied / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(BaseModelError) as caught:
+        load_base(str(copied), device="cpu")
+    assert str(caught.value).startswith(f"{copied}: cannot load the pipeline: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_library_that_a_part_needs_is_named_with_how_to_install_it(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: object, **__: object) -> None:
+        raise ImportError(
+            "\nIt requires the scipy library. You can install it with pip: `pip install\nscipy`\n"
+        )  # as it is broken
+
+    monkeypatch.setattr(DDIMScheduler, "from_pretrained", lacking)
+    with pytest.raises(BaseModelError) as caught:
+        load_base(str(copied), device="cpu")
+    told = "It requires the scipy library. You can install it with pip: `pip install scipy`"
+    assert str(caught.value) == f"{copied}: cannot load the pipeline: {told}"
+
+
+@pytest.mark.parametrize(
     ("part", "entry", "message"),
     [
         (
@@ -326,7 +411,8 @@ def test_a_folder_has_no_revision_and_the_hubs_cache_has(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "snapshots" / "sd15"))
-    assert load_base(str(folder), device="cpu").revision is None
+    for revision in (None, "main"):
+        assert load_base(str(folder), revision=revision, device="cpu").revision is None
     commit = Path(shutil.copytree(tiny_folder, tmp_path / "models--someone--tiny" / "snapshots" / "c0ffee"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, *, revision: str(commit / file))
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *_, **how: tiny_pipeline())

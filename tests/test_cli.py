@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from conftest import Call, RecipeOf, Result
 from PIL import Image
 from test_processes import launch
 from tiny import save_tiny, tiny_pipeline
+from torch import Tensor
 
 import esd_lora
 from esd_lora import bases, cli, training
@@ -47,6 +49,14 @@ def test_what_needs_no_model_imports_nothing_heavy(arguments: list[str]) -> None
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout + done.stderr
+
+
+def test_the_package_runs_as_the_command_does() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "esd_lora", "recipes", "nothing"], check=False, capture_output=True, text=True
+    )
+    told = "error: nothing: no such file and no shipped recipe; `esd-lora recipes` lists them\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
 
 
 @pytest.mark.parametrize("json", [(), ("--json",)], ids=str)
@@ -177,6 +187,24 @@ def test_a_failure_among_mistakes_is_a_failure(call: Call, tiny_folder: Path, mo
     assert call("train", *names).code == 1
 
 
+def test_what_a_failed_run_had_in_memory_is_free_for_the_next(
+    call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [written(f"{c}.yaml", tiny_folder, concepts=c) for c in ("cat", "dog")]
+    runs: list[weakref.ref[Tensor]] = []
+
+    def full(*_: object, **__: object) -> None:
+        assert all(run() is None for run in runs)
+        activations = torch.zeros(8)
+        runs.append(weakref.ref(activations))
+        out_of_memory()
+
+    monkeypatch.setattr(training, "_loop", full)
+    result = call("train", *names)
+    assert (result.code, len(runs)) == (1, 2)
+    assert result.err.splitlines()[-1] == "error: 2 of 2 recipes failed: runs/cat, runs/dog"
+
+
 def test_several_recipes_are_all_read_before_anything_is_trained(
     call: Call, tiny_folder: Path, loads: list[str]
 ) -> None:
@@ -270,6 +298,8 @@ def test_recipes_are_listed_and_printed(call: Call) -> None:
     assert printed.out == (cli.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
     assert heads[name] in printed.out.splitlines()[0]
     assert "base" in json.loads(call("recipes", name, "--json").out)
+    Path("latin.yaml").write_bytes("concepts: Käfer".encode("latin-1"))
+    one_error(call("recipes", "latin.yaml"), "latin.yaml: cannot read the recipe: not a text file")
 
 
 # ---- several patches -------------------------------------------------------------------------------------------------

@@ -240,13 +240,14 @@ def kohya(**more: Tensor) -> dict[str, Tensor]:
 def test_other_programs_files_are_read_with_their_alpha(
     names: dict[str, Tensor], scale: float, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    save_file(names, tmp_path / "theirs.safetensors")
-    patch, left_out = import_lora(tmp_path / "theirs.safetensors", str(tiny_folder), erase=["cat", "dog"])
+    theirs = tmp_path / "theirs.safetensors"
+    save_file(names, theirs)
+    patch, left_out = import_lora(theirs, str(tiny_folder), revision="main", erase=["cat", "dog"])
     assert left_out == []
     assert torch.equal(delta(patch), (UP * scale) @ DOWN)  # a power of two costs no rounding
     assert torch.equal(patch.tensors[f"unet.{LAYER}.lora_A.weight"], DOWN)
     assert (patch.erases, patch.info["imported"]) == ("cat, dog", "theirs.safetensors")
-    assert patch.info["base"] == {"name": str(tiny_folder), "revision": None}
+    assert patch.info["base"] == {"name": str(tiny_folder), "revision": None}  # a folder has none
     assert same(load_patch(patch.save(tmp_path / "ours")).tensors, patch.tensors)
 
 

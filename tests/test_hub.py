@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -15,8 +17,8 @@ from huggingface_hub import HfApi, constants
 
 from esd_lora.card import for_others
 from esd_lora.compose import stack
-from esd_lora.errors import HubError, RepositoryError
-from esd_lora.hub import download, files_of, find_patch, pull, push
+from esd_lora.errors import HubError, OutputError, RepositoryError
+from esd_lora.hub import download, explained, files_of, find_patch, pull, push
 from esd_lora.patch import FILE_NAME, Patch, encode, load_patch
 
 
@@ -193,6 +195,12 @@ def test_a_private_repository_is_for_its_owner(
     assert find_patch("alice/cat").digest == patch.digest
 
 
+def test_a_new_repository_is_private_where_those_of_its_owner_are(hub: FakeHub, patch_folder: Path) -> None:
+    hub.visibility = "private"
+    published(patch_folder)
+    assert hub.repos["alice/cat"].private
+
+
 def test_what_is_public_is_not_pushed_to_as_if_it_were_private(hub: FakeHub, patch_folder: Path) -> None:
     HfApi().create_repo("alice/cat")
     with pytest.raises(RepositoryError, match=r"^alice/cat: is public; make it private on the Hub first, or choose"):
@@ -289,8 +297,18 @@ DOWN = "nothing is half-done, try again"
             {"method": "POST", "path": "/create", "status": 502, "times": 99},
             f"alice/cat: the Hub fails (502); {DOWN} later",
         ),
+        (
+            {
+                "method": "POST",
+                "path": "/validate-yaml",
+                "status": 502,
+                "body": b"<html>Bad gateway</html>",
+                "times": 99,
+            },
+            "alice/cat: the Hub's answer cannot be read; try again later",
+        ),
     ],
-    ids=["cut", "cut commit", "503", "500", "not verified", "429", "502"],
+    ids=["cut", "cut commit", "503", "500", "not verified", "429", "502", "page"],
 )
 def test_a_push_that_fails_publishes_nothing_and_the_next_one_succeeds(
     hub: FakeHub, patch_folder: Path, fault: dict[str, Any], message: str
@@ -404,3 +422,37 @@ def test_a_hub_that_is_not_there_is_named_in_one_line(hub: FakeHub, patch_folder
         HubError, match=r"^alice/cat: the connection to the Hub failed \(.*\); nothing is half-done, try again$"
     ):
         published(patch_folder)
+
+
+def test_a_card_that_the_hub_refuses_is_one_line(hub: FakeHub, patch: Patch) -> None:
+    with pytest.raises(RepositoryError) as caught:
+        push({FILE_NAME: patch.to_bytes(), "README.md": b"---\ntags: []\n---\n"}, "alice/cat")
+    told = 'the Hub refuses it: Invalid metadata in README.md. - "license" is missing'
+    assert str(caught.value) == f"alice/cat: {told}"
+    assert FILE_NAME not in hub.files("alice/cat")
+
+
+def test_a_transfer_that_breaks_without_a_cause_is_one_line() -> None:
+    refused = RuntimeError("Data processing error:\nconnection refused")  # as hf_xet raises it
+    outer = RuntimeError("Error while uploading 'x' to the Hub.")
+    outer.__cause__ = refused
+    for error in (refused, outer):
+        with pytest.raises(HubError) as caught, explained("alice/cat"):
+            raise error
+        told = "the transfer failed (Data processing error: connection refused); try again"
+        assert str(caught.value) == f"alice/cat: {told}"
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_cache_that_cannot_be_written_to_is_not_taken_for_the_connection(
+    hub: FakeHub, patch_folder: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    published(patch_folder)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(OutputError) as caught:
+        find_patch("alice/cat")
+    assert str(caught.value) == f"alice/cat: cannot write to the cache of the Hub: {os.strerror(code)}"

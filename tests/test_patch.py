@@ -24,7 +24,7 @@ from torch import Tensor
 from esd_lora.bases import Base
 from esd_lora.compose import attach
 from esd_lora.errors import OutputError, PatchError
-from esd_lora.patch import FILE_NAME, Patch, check_empty, encode, load_patch, read_outline, write_file
+from esd_lora.patch import FILE_NAME, Patch, check_empty, encode, load_patch, read_outline, whole, write_file
 
 A, B = "unet.block.to_k.lora_A.weight", "unet.block.to_k.lora_B.weight"
 
@@ -340,6 +340,54 @@ def test_only_what_holds_nothing_is_empty(tmp_path: Path) -> None:
         with pytest.raises(OutputError) as caught:
             check_empty(taken)
         assert str(caught.value) == f"{taken}: not empty; choose another --out"
+
+
+def make(part: Path) -> None:
+    """A folder with something in it, at two levels."""
+    (part / "images").mkdir(parents=True)
+    (part / "images" / "0.png").write_bytes(b"picture")
+    (part / "card").write_bytes(b"card")
+
+
+@pytest.mark.parametrize("out", [Path(), Path("empty"), Path("new/below")], ids=str)
+def test_a_folder_is_whole_and_an_empty_one_is_filled_where_it_is(out: Path) -> None:
+    """What we are in, a mount point, and a folder in one that cannot be written to, cannot be replaced."""
+    if out == Path("empty"):
+        out.mkdir()
+    before = out.stat().st_ino if out.exists() else None
+    with whole(out) as part:
+        make(part)
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*")) == ["card", "images", "images/0.png"]
+    assert (out / "images" / "0.png").read_bytes() == b"picture"
+    assert before in (None, out.stat().st_ino)
+
+
+def test_an_empty_folder_that_cannot_be_filled_is_empty_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if target == Path("out/images"):  # the second
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return honest(self, target)
+
+    Path("out").mkdir()
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OutputError, match=r"^out: cannot write: No space left on device$"), whole(Path("out")) as part:
+        make(part)
+    assert list(Path("out").rglob("*")) == []
+
+
+def test_a_folder_that_is_filled_by_another_in_the_meantime_is_left_to_it() -> None:
+    Path("out").mkdir()
+
+    def late() -> None:
+        with whole(Path("out")) as part:
+            make(part)
+            Path("out/card").write_bytes(b"theirs")
+
+    with pytest.raises(OutputError, match=r"^out: cannot write: Directory not empty$"):
+        late()
+    assert [p.read_bytes() for p in Path("out").rglob("*")] == [b"theirs"]
 
 
 def test_files_can_be_read_by_others_and_folders_are_made(tmp_path: Path) -> None:

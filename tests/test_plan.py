@@ -250,9 +250,11 @@ def test_errors_of_folders(tmp_path: Path) -> None:
 
 def test_errors_of_configs(tmp_path: Path) -> None:
     config = save_tiny(tmp_path) / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"down_block_types": ["NoSuchBlock"]}))
-    with pytest.raises(BaseModelError, match="cannot be built from its config"):
-        make_plan(recipe_of(tmp_path))
+    sound = json.loads(config.read_text())
+    for wrong in ({"down_block_types": ["NoSuchBlock"]}, {"norm_num_groups": 0}):
+        config.write_text(json.dumps(sound | wrong))
+        with pytest.raises(BaseModelError, match="cannot be built from its config"):
+            make_plan(recipe_of(tmp_path))
     config.write_text("{")
     with pytest.raises(BaseModelError, match=r"cannot read unet/config\.json"):
         make_plan(recipe_of(tmp_path))

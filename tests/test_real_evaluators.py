@@ -300,6 +300,16 @@ def test_a_package_that_is_missing_is_told_with_how_to_install_it(
     assert str(caught.value) == expected
 
 
+def test_weights_whose_transfer_breaks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("Data processing error: connection refused")  # as hf_xet raises it
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    with pytest.raises(BaseModelError, match=r"^evaluator clip:a/b: cannot be downloaded: Data processing error: conn"):
+        load_evaluator_by_name("clip:a/b", kinds=KINDS)
+
+
 def test_a_folder_that_is_no_such_model_is_refused(clip_folder: Path, resnet_folder: Path, tmp_path: Path) -> None:
     def said(text: str) -> str:
         with pytest.raises(BaseModelError) as caught:

