@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import same
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import NOISE, TINY, tiny_pipeline
 from torch import Tensor, nn
 
 from esd_lora.bases import Base, base_of, load_base
+from esd_lora.bases.base import Condition
 from esd_lora.compose import attach
 from esd_lora.errors import BaseModelError, EsdLoraError, PatchError, RecipeError, TrainingError
 from esd_lora.evaluate.attacks import (
@@ -26,10 +32,9 @@ from esd_lora.evaluate.attacks import (
     Guard,
     Stop,
     Training,
-    _schedule,
+    _denoising_loss,
     completion,
     inversion,
-    noised,
     on_simplex,
     paraphrase,
     prefix_search,
@@ -41,7 +46,7 @@ from esd_lora.evaluate.attacks import (
     seed_search,
     unmerging,
 )
-from esd_lora.evaluate.drift import latents_of
+from esd_lora.evaluate.drift import latents_of, noised
 from esd_lora.merging import merged_denoiser
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate
@@ -259,30 +264,36 @@ def test_unmerging_gives_the_pictures_of_the_base_back(base: Base, patch: Patch,
 # ---- what a denoiser is trained on ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_noise_is_that_of_a_diffusion(kind: str) -> None:
+SCHEDULERS = {
+    "epsilon": EulerDiscreteScheduler(**NOISE),
+    "v_prediction": EulerDiscreteScheduler(**NOISE, prediction_type="v_prediction"),
+    "sample": DPMSolverMultistepScheduler(**NOISE, prediction_type="sample"),
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow, UniPC": UniPCMultistepScheduler(**NOISE, prediction_type="flow_prediction", use_flow_sigmas=True),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_an_attacker_trains_on_what_the_base_predicts(kind: str) -> None:
     """In float64, from the schedule's own β; for Euler too, whose `add_noise` is on another scale."""
-    base = tiny(kind)
-    base.pipe.scheduler = EulerDiscreteScheduler(**NOISE, prediction_type=kind)
     z, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     i = torch.tensor([0, 500, 999])
-    x_t, t, target = noised(_schedule(base), z, i, noise)
-    beta = torch.linspace(NOISE["beta_start"] ** 0.5, NOISE["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
-    kept = (1 - beta).cumprod(0)[i][:, None, None, None]
-    assert torch.equal(t, i)
-    torch.testing.assert_close(x_t.double(), kept.sqrt() * z + (1 - kept).sqrt() * noise, rtol=0, atol=1e-5)
-    wanted = noise.double() if kind == "epsilon" else kept.sqrt() * noise - (1 - kept).sqrt() * z
-    torch.testing.assert_close(target.double(), wanted, rtol=0, atol=1e-5)  # float32 sums of numbers of size 4
+    if "flow" in kind:
+        alpha, sigma, t = 1 - (i + 0.5) / 1000, (i + 0.5) / 1000, i + 0.5
+    else:
+        beta = torch.linspace(NOISE["beta_start"] ** 0.5, NOISE["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+        kept = (1 - beta).cumprod(0)[i]
+        alpha, sigma, t = kept.sqrt(), (1 - kept).sqrt(), i
+    alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
+    truths = {"epsilon": noise, "v_prediction": alpha * noise - sigma * z, "sample": z}
 
+    def knows(x_t: Tensor, at: Tensor, _: Condition) -> Tensor:
+        torch.testing.assert_close(at, t, rtol=1e-6, atol=0)
+        torch.testing.assert_close(x_t.double(), (alpha * z + sigma * noise).double(), rtol=0, atol=1e-5)
+        return truths.get(kind, noise - z)
 
-def test_noise_is_that_of_a_flow() -> None:
-    schedule = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    z, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    x_t, t, target = noised(schedule, z, torch.tensor([0, 500, 999]), noise)
-    sigma = (t / 1000)[:, None, None, None]
-    assert t[0] == 1000
-    torch.testing.assert_close(x_t, (1 - sigma) * z + sigma * noise, rtol=0, atol=1e-5)
-    assert torch.equal(target, noise - z)
+    loss = _denoising_loss(knows, Condition({}), SCHEDULERS[kind], z, i, noise, dtype=torch.float32)
+    assert loss < 1e-10  # squares of what float32 rounds of numbers of size 4
 
 
 # ---- soft words -------------------------------------------------------------------------------------------------
@@ -554,7 +565,7 @@ def test_a_prefix_search_finds_words_that_lower_the_loss(base: Base) -> None:
     target = generate(base, ["zebra"], [5], steps=STEPS)
     z, words = latents_of(base, target), vocabulary_of(base).words
     noise = torch.randn(64, *z.shape[1:], generator=torch.Generator().manual_seed(1))
-    x_t, t, eps = noised(_schedule(base), z.expand(64, -1, -1, -1), torch.full((64,), 500), noise)
+    x_t, t, eps = noised(base.scheduler, z.expand(64, -1, -1, -1), noise, level=torch.full((64,), 0.5))
     with torch.no_grad():
         conditions = [base.encode([f"{w} a cat"]).expand(64) for w in words]
         losses = [(base.predict(x_t, t, c) - eps).square().mean().item() for c in conditions]

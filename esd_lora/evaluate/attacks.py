@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 from esd_lora.bases.base import Base, Condition
 from esd_lora.compose import attached
 from esd_lora.errors import BaseModelError, PatchError, RecipeError, TrainingError
-from esd_lora.evaluate.drift import latents_of
+from esd_lora.evaluate.drift import latents_of, noised
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate, step_noise
 from esd_lora.recipe import Layers
@@ -522,39 +521,16 @@ def unmerging(base: Base, drawing: Drawing, patches: Sequence[Patch], weights: S
 # ---- training to denoise ------------------------------------------------------------------------------------
 
 
-def _schedule(base: Base) -> Any:
-    """A scheduler with every timestep that the base was trained on: DDPM's of the same noise, or the base's own of a flow."""
-    own = base.scheduler
-    return own if hasattr(own, "scale_noise") else DDPMScheduler.from_config(own.config)
-
-
-def noised(schedule: Any, z: Tensor, i: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a denoiser is trained on: x_t (B, C, H, W), t (B,), and what it shall predict, (B, C, H, W).
-
-        diffusion    x_t = √ᾱ_t z + √(1 − ᾱ_t) ε        ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) z
-        flow         x_t = (1 − σ) z + σ ε              ε − z
-
-    Args:
-        schedule: With all training timesteps set.
-        z: Latents (B, C, H, W).
-        i: Numbers of training timesteps (B,), from 0; a diffusion's begin at the least noise and a flow's at the most.
-        noise: ε, (B, C, H, W).
-    """
-    if hasattr(schedule, "scale_noise"):
-        t = schedule.timesteps.to(z.device)[i]
-        return schedule.scale_noise(z, t, noise), t, noise - z
-    v = schedule.config.prediction_type == "v_prediction"
-    return schedule.add_noise(z, noise, i), i, schedule.get_velocity(z, noise, i) if v else noise
-
-
 Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 """x_t (B, C, H, W), t (B,) and the condition of each → the prediction, (B, C, H, W)."""
 
 
 def _denoising_loss(
-    predict: Predict, condition: Condition, schedule: Any, z: Tensor, i: Tensor, noise: Tensor, *, dtype: torch.dtype
+    predict: Predict, condition: Condition, scheduler: Any, z: Tensor, i: Tensor, noise: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
-    x_t, t, target = noised(schedule, z, i.to(z.device), noise.to(z.device))
+    """The mean squared error at timesteps i (B,), counted from the least noise."""
+    level = (i + 0.5) / scheduler.config.num_train_timesteps
+    x_t, t, target = noised(scheduler, z, noise.to(z.device), level=level)
     return F.mse_loss(predict(x_t.to(dtype), t, condition).float(), target)
 
 
@@ -576,15 +552,15 @@ def _fit(
         Steps done, whether the concept is back, the looks on the way (steps, pictures in which it was seen), and the losses.
     """
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=0.0)
-    generator, schedule = torch.Generator().manual_seed(training.seed), _schedule(base)
+    generator, scheduler = torch.Generator().manual_seed(training.seed), base.scheduler
     losses: list[float] = []
     looks = [(0, stop.look(base))] if stop else []
     back = stop is not None and stop.reached(looks[-1][1])
     while not back and len(losses) < training.steps:
         rows = torch.randint(len(z), (training.batch_size,), generator=generator)
-        i = torch.randint(schedule.config.num_train_timesteps, (training.batch_size,), generator=generator)
+        i = torch.randint(scheduler.config.num_train_timesteps, (training.batch_size,), generator=generator)
         noise = torch.randn(len(rows), *z.shape[1:], generator=generator)
-        loss = _denoising_loss(predict, condition_of(rows), schedule, z[rows], i, noise, dtype=base.dtype)
+        loss = _denoising_loss(predict, condition_of(rows), scheduler, z[rows], i, noise, dtype=base.dtype)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -884,12 +860,12 @@ def _likely_words(
     seed: int,
 ) -> Iterator[str]:
     """The likeliest words before one prompt, after the steps at each timestep."""
-    schedule, generator = _schedule(base), torch.Generator().manual_seed(seed)
+    scheduler, generator = base.scheduler, torch.Generator().manual_seed(seed)
     size = len(vocabulary.words)
     p = torch.full((len(stand_in.ids[0]), size), 1 / size, device=base.device)
     optimizer = torch.optim.Adam([p], lr=lr)
     for k in range(times):
-        i = torch.tensor([int((k + 0.5) / times * schedule.config.num_train_timesteps)])
+        i = torch.tensor([int((k + 0.5) / times * scheduler.config.num_train_timesteps)])
         for _ in range(steps):
             chosen = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(p.device)
             one_hot = F.one_hot(chosen, size).float().requires_grad_()
@@ -897,7 +873,7 @@ def _likely_words(
             with soft.active(base):
                 condition = encode_with_gradients(base, [f"{soft.words} {prompt}"], like)
             noise = torch.randn(z.shape, generator=generator)
-            loss = _denoising_loss(base.predict, condition, schedule, z, i, noise, dtype=base.dtype)
+            loss = _denoising_loss(base.predict, condition, scheduler, z, i, noise, dtype=base.dtype)
             (gradient,) = torch.autograd.grad(loss, one_hot)
             p.grad = gradient.clamp(-1, 1)
             optimizer.step()
