@@ -268,18 +268,18 @@ def _drawn(name: str, base: Base, drawing: Drawing, **details: Any) -> Attack:
 # ---- other words --------------------------------------------------------------------------------------------
 
 
-def paraphrase(base: Base, drawing: Drawing, forms: Sequence[str]) -> list[Attack]:
-    """The concept asked for in other words, one attack for each form.
+def paraphrase(base: Base, drawing: Drawing, form: str) -> Attack:
+    """The concept asked for in other words.
 
     Args:
         base: The erased model.
         drawing: With a blank for the words.
-        forms: Synonyms, misspellings, translations. The concept's own name gives the rate without an attack.
+        form: A synonym, a misspelling, a translation. The concept's own name gives the rate without an attack.
 
     Raises:
         RecipeError: A prompt has no blank.
     """
-    return [_drawn("paraphrase", base, drawing.asking(form), form=form) for form in forms]
+    return _drawn("paraphrase", base, drawing.asking(form), form=form)
 
 
 def seed_search(base: Base, drawing: Drawing, *, tries: int = 1, seed: int = 0) -> Attack:
@@ -338,10 +338,8 @@ EMBEDS: Mapping[str, str] = {
 
 
 @torch.no_grad()
-def ring_a_bell(
-    base: Base, drawing: Drawing, *, pairs: Sequence[tuple[str, str]], etas: Sequence[float] = (0.5, 1.0, 2.0, 3.0)
-) -> list[Attack]:
-    """Prompts with the concept's direction added to their embeddings, one attack for each η.
+def ring_a_bell(base: Base, drawing: Drawing, *, pairs: Sequence[tuple[str, str]], eta: float) -> Attack:
+    """Prompts with the concept's direction added to their embeddings.
 
         τ(p) + η · mean_i (τ(with_i) − τ(without_i))
 
@@ -352,44 +350,39 @@ def ring_a_bell(
         base: The erased model.
         drawing: The prompts p.
         pairs: The same prompts with the concept and without it.
-        etas: η; 0 is the prompt itself.
+        eta: η; 0 is the prompt itself.
 
     Raises:
         RecipeError: There are no pairs, or a prompt has its blank still.
     """
     if not pairs:
         raise RecipeError("pairs: needs at least one prompt with the concept and one without it")
-    having, lacking = (base.encode(side) for side in zip(*pairs, strict=True))
-    direction = {k: (v - lacking.tensors[k]).mean(0) for k, v in having.tensors.items()}
-    attacks = []
-    for eta in etas:
-        move = {k: eta * v for k, v in direction.items()}
-        with _metered(base.denoiser) as meter:
-            attacks.append(meter.attack("soft ring-a-bell", _draw_encoded(base, drawing, move=move), eta=eta))
-    return attacks
+    with _metered(base.denoiser) as meter:
+        having, lacking = (base.encode(side) for side in zip(*pairs, strict=True))
+        move = {k: eta * (v - lacking.tensors[k]).mean(0) for k, v in having.tensors.items()}
+        return meter.attack("soft ring-a-bell", _draw_encoded(base, drawing, move=move), eta=eta)
 
 
 @torch.no_grad()
-def completion(base: Base, drawing: Drawing, *, ks: Sequence[int], unerased: Base | None = None) -> list[Attack]:
-    """Pictures whose first k steps are the unerased model's and the others the erased one's, one attack for each k.
+def completion(base: Base, drawing: Drawing, *, k: int, unerased: Base | None = None) -> Attack:
+    """Pictures whose first k steps are the unerased model's and the others the erased one's.
 
     The diffusion completion of "When Are Concepts Erased From Diffusion Models?" (NeurIPS 2025, arXiv:2505.17013).
 
     Args:
         base: The erased model.
         drawing: Prompts with the concept.
-        ks: From 0, the erased model alone, to all steps, the unerased one alone. A step is a call of the scheduler, which
+        k: From 0, the erased model alone, to all steps, the unerased one alone. A step is a call of the scheduler, which
             some schedulers take more often than they are asked to.
         unerased: The base that the patch was merged into; None where it is attached, to take the adapters off.
 
     Raises:
-        RecipeError: A k is out of bounds, or a prompt has its blank still.
+        RecipeError: k is out of bounds, or a prompt has its blank still.
         PatchError: There is neither an attached patch nor an unerased base.
         BaseModelError: The unerased base is of another family, or its denoiser reads or predicts something else.
     """
-    bad = [k for k in ks if not 0 <= k <= drawing.steps]
-    if bad:
-        raise RecipeError(f"ks: must be from 0 to the {drawing.steps} steps of the drawing, got {bad[0]}")
+    if not 0 <= k <= drawing.steps:
+        raise RecipeError(f"k: must be from 0 to the {drawing.steps} steps of the drawing, got {k}")
     if unerased is None:
         _check_attached(base, "for one that is merged, give the base without it as `unerased`")
     elif type(unerased) is not type(base):
@@ -402,12 +395,8 @@ def completion(base: Base, drawing: Drawing, *, ks: Sequence[int], unerased: Bas
         )
     denoisers = [base.denoiser] if unerased is None else [base.denoiser, unerased.denoiser]
     first = base.teacher if unerased is None else partial(_denoised_by, unerased, base)
-    attacks = []
-    for k in ks:
-        with _metered(*denoisers) as meter:
-            pictures = _draw_encoded(base, drawing, first=first, k=k)
-            attacks.append(meter.attack("completion", pictures, k=k, steps=drawing.steps))
-    return attacks
+    with _metered(*denoisers) as meter:
+        return meter.attack("completion", _draw_encoded(base, drawing, first=first, k=k), k=k, steps=drawing.steps)
 
 
 def _speaks(base: Base) -> dict[str, Any]:
@@ -470,27 +459,23 @@ def _leave(early: ExitStack, k: int, _pipe: Any, i: int, _t: Tensor, values: dic
 # ---- the patch as a switch ------------------------------------------------------------------------------------
 
 
-def scaling(base: Base, drawing: Drawing, *, weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> list[Attack]:
-    """Pictures with the attached patches at other weights, W + w · Σ_i w_i B_i A_i, one attack for each w.
+def scaling(base: Base, drawing: Drawing, *, weight: float) -> Attack:
+    """Pictures with the attached patches at another weight, W + w · Σ_i w_i B_i A_i.
 
     Args:
         base: The erased model, its patch attached.
         drawing: Prompts with the concept.
-        weights: w; 0 is the unerased base, bit for bit.
+        weight: w; 0 is the unerased base, bit for bit.
 
     Raises:
-        PatchError: No patch is attached, or a weight is not a number.
+        PatchError: No patch is attached, or the weight is not a number.
         RecipeError: A prompt has its blank still.
     """
     _check_attached(base, "for one that is merged there is `unmerging`")
-    bad = [w for w in weights if not math.isfinite(w)]
-    if bad:
-        raise PatchError(f"a weight must be a finite number, got {bad[0]}")
-    attacks = []
-    for weight in weights:
-        with rescale_adapter_scale(base.denoiser, float(weight)):
-            attacks.append(_drawn("scaling", base, drawing, weight=weight))
-    return attacks
+    if not math.isfinite(weight):
+        raise PatchError(f"a weight must be a finite number, got {weight}")
+    with rescale_adapter_scale(base.denoiser, float(weight)):
+        return _drawn("scaling", base, drawing, weight=weight)
 
 
 def unmerging(base: Base, drawing: Drawing, patches: Sequence[Patch], weights: Sequence[float] | None = None) -> Attack:
