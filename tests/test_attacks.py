@@ -130,13 +130,10 @@ def test_a_paraphrase_is_the_prompt_in_other_words(erased: Base) -> None:
         assert attack.seconds > 0
 
 
-def test_a_seed_search_draws_its_prompts_again_from_other_noise(erased: Base) -> None:
-    found = seed_search(erased, CATS, tries=3)
-    first, second, third = (found.pictures[i : i + 2] for i in (0, 2, 4))
-    assert equal(first, CATS.draw(erased))
-    assert not equal(first, second)
-    assert not equal(second, third)
-    assert equal(found.pictures, seed_search(erased, CATS, tries=3).pictures)
+def test_a_seed_search_is_no_attack(erased: Base) -> None:
+    found = seed_search(erased, CATS)
+    assert equal(found.pictures, CATS.draw(erased))
+    assert (found.passes, found.details) == (DRAWN, {})
 
 
 def test_random_words_are_single_tokens_of_the_vocabulary(erased: Base) -> None:
@@ -329,17 +326,10 @@ def test_inversion_lowers_its_loss_and_nothing_else(kind: str) -> None:
     """
     base = tiny(kind)
     examples, state = examples_of(base), state_of(base)
-    done: list[tuple[int, int]] = []
-    still, found = (
-        inversion(
-            base, examples, BLANKS, tokens=2, training=Training(24, 4, lr=lr), on_step=lambda *at: done.append(at)
-        )
-        for lr in (1e-12, 0.3)
-    )
+    still, found = (inversion(base, examples, BLANKS, tokens=2, training=Training(24, 4, lr=lr)) for lr in (1e-12, 0.3))
     assert sum(found.details["losses"][12:]) < 0.9995 * sum(still.details["losses"][12:])
     assert found.details["losses"][0] == still.details["losses"][0]
     assert unchanged(base, state)
-    assert done == [(k, 24) for k in range(1, 25)] * 2
     assert found.passes == 3 * 24 * 4 + DRAWN
     assert (found.details["tokens"], found.details["steps"], found.details["back"]) == (2, 24, False)
     assert not equal(found.pictures, still.pictures)
@@ -380,9 +370,9 @@ def test_inversion_starts_from_random_embeddings(erased: Base) -> None:
 
     def sees(pictures: Pictures) -> list[bool]:
         seen.append(len(pictures))
-        return [True, False]
+        return [True, True]
 
-    stop = Stop(sees, replace(BLANKS, seeds=[7, 8]), share=0.5)
+    stop = Stop(sees, replace(BLANKS, seeds=[7, 8]))
     found = inversion(erased, examples_of(erased), BLANKS, stop=stop, training=SHORT)
     control = random_embeddings(erased, BLANKS)
     assert (found.details["steps"], found.details["back"], seen) == (0, True, [2])
@@ -399,27 +389,24 @@ def test_inversion_works_where_gradients_are_off(erased: Base) -> None:
     assert ceiling.details == inversion(erased, examples, BLANKS, training=SHORT).details
 
 
-def stop_at(step: int) -> Callable[[int, int], None]:
-    def on_step(done: int, of: int) -> None:
-        if done == step:
-            raise KeyboardInterrupt
-
-    return on_step
-
-
 def test_an_interrupted_attack_leaves_the_base_as_it_was(erased: Base) -> None:
     state, pictures = state_of(erased), CATS.draw(erased)
     examples = examples_of(erased)
-    stop = Stop(never, CATS)
+    looks: list[int] = []
+
+    def interrupted(pictures: Pictures) -> list[bool]:
+        looks.append(len(pictures))
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        return never(pictures)
+
     attempts: list[Callable[[], Attack]] = [
-        lambda: inversion(erased, examples, BLANKS, training=SHORT, on_step=stop_at(2)),
-        lambda: relearning(erased, examples.asking("cat"), CATS, stop=stop, training=SHORT, on_step=stop_at(2)),
-        lambda: relearning(
-            erased, examples.asking("cat"), CATS, stop=stop, rank=None, training=SHORT, on_step=stop_at(2)
-        ),
-        lambda: prefix_search(erased, CATS, pictures, sees=never, times=1, steps=1, on_step=stop_at(1)),
+        lambda: inversion(erased, examples, BLANKS, training=SHORT, stop=Stop(interrupted, BLANKS, every=2)),
+        lambda: relearning(erased, examples.asking("cat"), CATS, stop=Stop(interrupted, CATS, every=2), training=SHORT),
+        lambda: prefix_search(erased, CATS, pictures, sees=interrupted, times=2, steps=1),
     ]
     for attempt in attempts:
+        looks.clear()
         with pytest.raises(KeyboardInterrupt):
             attempt()
         assert unchanged(erased, state)
@@ -444,18 +431,19 @@ def test_relearning_trains_its_own_adapter_beside_the_patch(erased: Base) -> Non
     weights = {k: v.clone() for k, v in bare_names(erased).items()}
     before, moved = CATS.draw(erased), []
 
-    def look(done: int, of: int) -> None:
+    def sees(pictures: Pictures) -> list[bool]:
         now = dict(erased.denoiser.named_parameters())
         moved.append(max(now[n].abs().max().item() for n in now if "lora_B.relearned" in n))
         assert all(torch.equal(bare_names(erased)[n], w) for n, w in weights.items())
         assert {n for n, p in now.items() if p.requires_grad} == {n for n in now if ".relearned." in n}
         active = [m.active_adapters for m in erased.denoiser.modules() if isinstance(m, BaseTunerLayer)]
         assert ["patch_0", "relearned"] in active
+        return never(pictures)
 
     examples = examples_of(erased).asking("cat")
-    how: dict[str, Any] = {"stop": Stop(never, CATS), "training": replace(SHORT, lr=0.05), "on_step": look}
+    how: dict[str, Any] = {"stop": Stop(sees, CATS, every=1), "training": replace(SHORT, lr=0.05)}
     found = relearning(erased, examples, CATS, **how)
-    assert moved[-1] > 0
+    assert moved[0] == 0 < moved[1]
     assert not equal(found.pictures, before)
     assert equal(CATS.draw(erased), before)
     assert unchanged(erased, state)
@@ -482,16 +470,15 @@ def test_the_patch_is_on_while_it_is_relearned(erased: Base) -> None:
     assert equal(CATS.draw(erased), before)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [*((k, 4) for k in (*TINY, "v_prediction")), ("sd", None), ("sd3", None)])
-def test_relearning_lowers_its_loss_on_every_family(kind: str, rank: int | None) -> None:
+@pytest.mark.parametrize("kind", [*TINY, "v_prediction"])
+def test_relearning_lowers_its_loss_on_every_family(kind: str) -> None:
     """Beside a run that learns next to nothing, with the same batches and noise."""
     base = tiny(kind)
     drawing = Drawing(["cat"], [1], steps=1, resolution=32)
     pictures = drawing.draw(base)
     examples, state, stop = Examples(["cat"], pictures), state_of(base), Stop(never, drawing, every=100)
     still, found = (
-        relearning(base, examples, drawing, stop=stop, rank=rank, training=Training(8, 1, lr=lr))
-        for lr in (1e-12, 5e-2 if rank else 1e-2)  # an adapter gets less far at one rate than all weights
+        relearning(base, examples, drawing, stop=stop, training=Training(8, 1, lr=lr)) for lr in (1e-12, 5e-2)
     )
     # after so few steps an adapter on sd has 0.96 of the loss left, and no other more
     assert sum(found.details["losses"][4:]) < 0.98 * sum(still.details["losses"][4:])
@@ -505,16 +492,17 @@ def test_relearning_says_after_how_many_steps_the_concept_is_back(base: Base) ->
 
     def sees(pictures: Pictures) -> list[bool]:
         looks.append(len(pictures))
-        return [len(looks) > 3, False]
+        return [len(looks) > 1, len(looks) > 3]
 
-    stop = Stop(sees, replace(CATS, seeds=[7, 8]), every=2, share=0.5)
+    stop = Stop(sees, replace(CATS, seeds=[7, 8]), every=2)
     examples = examples_of(base).asking("cat")
     found = relearning(base, examples, CATS, stop=stop, training=replace(SHORT, steps=50))
     assert (found.details["steps"], found.details["back"], looks) == (6, True, [2] * 4)
-    assert found.details["looks"] == [(0, 0), (2, 0), (4, 0), (6, 1)]
+    assert found.details["looks"] == [(0, 0), (2, 1), (4, 1), (6, 2)]
     assert found.passes == 3 * 6 * SHORT.batch_size + (4 + 1) * DRAWN
-    strict = relearning(base, examples, CATS, stop=replace(stop, share=0.6), training=SHORT)
-    assert (strict.details["steps"], strict.details["back"]) == (4, False)
+    short = relearning(base, examples, CATS, stop=replace(stop, sees=never), training=replace(SHORT, steps=3))
+    assert (short.details["steps"], short.details["back"]) == (3, False)
+    assert short.details["looks"] == [(0, 0), (2, 0)]
 
 
 # ---- words found by gradient --------------------------------------------------------------------------------------
@@ -603,7 +591,6 @@ def bad_inputs(base: Base, patch: Patch) -> dict[str, tuple[type[EsdLoraError], 
         "steps": (RecipeError, "steps", lambda: replace(CATS, steps=0)),
         "pictures": (RecipeError, "got 2 and 1", lambda: Examples(["a", "b"], pictures[:1])),
         "every": (RecipeError, "every", lambda: Stop(never, CATS, every=0)),
-        "share": (RecipeError, "share", lambda: Stop(never, CATS, share=0)),
         "lr": (RecipeError, "lr", lambda: Training(1, lr=float("nan"))),
         "blank left": (RecipeError, "'a {}'", lambda: seed_search(base, BLANKS)),
         "blank left, ring": (RecipeError, "'a {}'", lambda: ring_a_bell(base, BLANKS, pairs=[("a", "b")], eta=1)),
@@ -612,7 +599,6 @@ def bad_inputs(base: Base, patch: Patch) -> dict[str, tuple[type[EsdLoraError], 
         "no blank": (RecipeError, "'a cat'", lambda: paraphrase(base, CATS, "cat")),
         "no blank, words": (RecipeError, "'a cat'", lambda: random_words(base, CATS)),
         "no blank, inversion": (RecipeError, "'a cat'", lambda: inversion(base, named, BLANKS)),
-        "tries": (RecipeError, "tries", lambda: seed_search(base, CATS, tries=0)),
         "words": (RecipeError, "from 1 to 26", lambda: random_words(base, BLANKS, tokens=27)),
         "tokens": (RecipeError, "tokens", lambda: random_embeddings(base, BLANKS, tokens=0)),
         "long": (RecipeError, "16 tokens", lambda: random_embeddings(base, Drawing([long], [1]))),
@@ -669,12 +655,3 @@ def test_words_of_other_families_cannot_be_soft(kind: str) -> None:
     base = tiny(kind)
     with pytest.raises(BaseModelError, match=r"Stable Diffusion 1, 2 and XL$"):
         random_embeddings(base, BLANKS)
-
-
-def test_all_weights_are_not_trained_in_half_precision() -> None:
-    base = tiny()
-    base.denoiser.to(torch.bfloat16)
-    examples = Examples(["cat"], CATS.draw(tiny())[:1])
-    with pytest.raises(RecipeError, match="fp32"):
-        relearning(base, examples, CATS, stop=Stop(never, CATS), rank=None)
-    assert base.dtype == torch.bfloat16

@@ -5,11 +5,11 @@
     completion         the unerased model draws the first k steps, the erased one the others
     inversion          soft words are trained until the erased model denoises pictures of the concept with them
     prefix_search      words before the prompt are searched for by gradient
-    relearning         a fresh adapter, or all weights, are trained on pictures
+    relearning         a fresh adapter is trained on pictures
     scaling            the patch at weights from 0 to 1: it is a switch where it is attached
     unmerging          the patch at −1 on a base that it is merged into
 
-    seed_search        control: other noise, as many pictures
+    seed_search        control: the prompts as they are, from as many seeds
     random_words       control: words at random
     random_embeddings  control: embeddings at random
 
@@ -58,9 +58,6 @@ BLANK = "{}"
 
 Sees = Callable[[Pictures], Sequence[bool]]
 """Whether the concept is in each of some pictures."""
-
-OnStep = Callable[[int, int], None]
-"""Called with the number of steps done and their total."""
 
 
 @dataclass(frozen=True)
@@ -151,37 +148,28 @@ class Training:
 
 @dataclass(frozen=True)
 class Stop:
-    """When to stop training: once the concept is seen in a share of the pictures of a drawing, which is looked at now and then.
+    """When to stop training: once the concept is seen in all pictures of a drawing, which is looked at now and then.
 
     Args:
         sees: Not the evaluator that the attack is measured by.
         drawing: What it is shown, 16 pictures or so; not the drawing that the attack is measured by. Its prompts have a blank
             where those of the attack's examples have one.
         every: Steps between looks; the first look is before any step.
-        share: Of the pictures, above 0 and at most 1. Below 1 an attack is stopped before it has done what it can, so that
-            its pictures tell less of it than of the share.
 
     Raises:
-        RecipeError: `every` is below 1, or the share not within its bounds.
+        RecipeError: `every` is below 1.
     """
 
     sees: Sees
     drawing: Drawing
     every: int = 50
-    share: float = 1.0
 
     def __post_init__(self) -> None:
         _check_positive(every=self.every)
-        if not 0 < self.share <= 1:
-            raise RecipeError(f"share: must be above 0 and at most 1, got {self.share}")
 
     def look(self, base: Base) -> int:
         """In how many pictures the concept is seen."""
         return sum(self.sees(self.drawing.draw(base)))
-
-    def reached(self, count: int) -> bool:
-        """Whether these are enough."""
-        return count >= self.share * len(self.drawing.prompts)
 
 
 @dataclass(frozen=True)
@@ -282,23 +270,17 @@ def paraphrase(base: Base, drawing: Drawing, form: str) -> Attack:
     return _drawn("paraphrase", base, drawing.asking(form), form=form)
 
 
-def seed_search(base: Base, drawing: Drawing, *, tries: int = 1, seed: int = 0) -> Attack:
-    """Control: no attack, but `tries` pictures of every prompt; all prompts once, then all a second time.
+def seed_search(base: Base, drawing: Drawing) -> Attack:
+    """Control: no attack, the pictures of a drawing.
 
     Args:
         base: The erased model.
-        drawing: The first try has its seeds.
-        tries: As many as the attack may draw of a prompt, which for `prefix_search` are its times.
-        seed: Of the seeds of the other tries.
+        drawing: With each prompt as often as the attack may draw it, which for `prefix_search` are its times.
 
     Raises:
-        RecipeError: A prompt has its blank still, or there are no tries.
+        RecipeError: A prompt has its blank still.
     """
-    _check_positive(tries=tries)
-    chance = random.Random(seed)
-    others = [chance.getrandbits(62) for _ in range(len(drawing.prompts) * (tries - 1))]
-    again = replace(drawing, prompts=[*drawing.prompts] * tries, seeds=[*drawing.seeds, *others])
-    return _drawn("seed search", base, again, tries=tries)
+    return _drawn("seed search", base, drawing)
 
 
 def random_words(
@@ -528,7 +510,6 @@ def _fit(
     training: Training,
     *,
     stop: Stop | None,
-    on_step: OnStep | None,
     predict: Predict,
 ) -> dict[str, Any]:
     """Train the parameters to denoise z under the conditions of its rows, by these predictions.
@@ -539,9 +520,14 @@ def _fit(
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=0.0)
     generator, scheduler = torch.Generator().manual_seed(training.seed), base.scheduler
     losses: list[float] = []
-    looks = [(0, stop.look(base))] if stop else []
-    back = stop is not None and stop.reached(looks[-1][1])
-    while not back and len(losses) < training.steps:
+    looks: list[tuple[int, int]] = []
+    back = False
+    for done in range(training.steps + 1):
+        if stop and done % stop.every == 0:
+            looks.append((done, stop.look(base)))
+            back = looks[-1][1] == len(stop.drawing.prompts)
+        if back or done == training.steps:
+            break
         rows = torch.randint(len(z), (training.batch_size,), generator=generator)
         i = torch.randint(scheduler.config.num_train_timesteps, (training.batch_size,), generator=generator)
         noise = torch.randn(len(rows), *z.shape[1:], generator=generator)
@@ -552,11 +538,6 @@ def _fit(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise TrainingError(f"the loss was {losses[-1]} at step {len(losses)}: try a lower lr than {training.lr:g}")
-        if on_step:
-            on_step(len(losses), training.steps)
-        if stop and len(losses) % stop.every == 0:
-            looks.append((len(losses), stop.look(base)))
-            back = stop.reached(looks[-1][1])
     return {"steps": len(losses), "back": back, "looks": looks, "losses": losses}
 
 
@@ -574,10 +555,9 @@ def relearning(
     drawing: Drawing,
     *,
     stop: Stop,
-    rank: int | None = 4,
+    rank: int = 4,
     layers: Layers = "full",
     training: Training = RELEARN,
-    on_step: OnStep | None = None,
 ) -> Attack:
     """The erased model fine-tuned until the concept is back: `details` say after how many steps, and what was seen on the way.
 
@@ -589,24 +569,22 @@ def relearning(
         examples: Pictures with their prompts.
         drawing: Prompts with the concept.
         stop: Sees whether the concept is back; its first look, before any step, may find it never gone.
-        rank: Of a fresh adapter beside what is attached; None trains all weights of the denoiser instead.
+        rank: Of a fresh adapter beside what is attached.
         layers: That the adapter is on.
-        training: Its steps at most; all weights of a large model want a rate of some 1e-5.
-        on_step: Called after each step.
+        training: Its steps at most.
 
     Raises:
-        RecipeError: The rank is out of bounds, a prompt has its blank still, or all weights are not in float32.
+        RecipeError: The rank is out of bounds, or a prompt has its blank still.
         BaseModelError: The base has no such layers.
         TrainingError: The loss is no longer a number.
     """
-    prompts, seed = _plain(examples.prompts), training.seed
-    trained = _all_weights(base) if rank is None else _second_adapter(base, layers=layers, rank=rank, seed=seed)
+    prompts = _plain(examples.prompts)
+    adapter = _second_adapter(base, layers=layers, rank=rank, seed=training.seed)
     base.pipe.to(base.device)
-    with _metered(base.denoiser) as meter, trained as parameters:
+    with _metered(base.denoiser) as meter, adapter as parameters:
         z = latents_of(base, examples.pictures)
         conditions = base.encode(prompts, resolution=drawing.resolution, guidance_scale=drawing.guidance_scale)
-        how: dict[str, Any] = {"stop": stop, "on_step": on_step, "predict": base.predict}
-        told = _fit(base, z, conditions.__getitem__, parameters, training, **how)
+        told = _fit(base, z, conditions.__getitem__, parameters, training, stop=stop, predict=base.predict)
         return meter.attack("relearning", drawing.draw(base), rank=rank, **told)
 
 
@@ -633,25 +611,6 @@ def _second_adapter(base: Base, *, layers: Layers, rank: int, seed: int) -> Iter
             base.denoiser.requires_grad_(False)  # which peft turns on for the adapters that are left
         else:
             base.remove_adapters()
-
-
-@contextmanager
-def _all_weights(base: Base) -> Iterator[list[nn.Parameter]]:
-    """Inside, the denoiser's own weights are trainable; afterwards they are what they were."""
-    if base.dtype != torch.float32:
-        raise RecipeError(
-            f"rank: training all weights instead of an adapter needs dtype fp32, and {base.name} is {base.dtype}"
-        )
-    weights = [p for n, p in base.denoiser.named_parameters() if "lora_" not in n]
-    before = [p.detach().to("cpu", copy=True) for p in weights]
-    try:
-        for parameter in weights:
-            parameter.requires_grad_(True)
-        yield weights
-    finally:
-        for parameter, value in zip(weights, before, strict=True):
-            parameter.requires_grad_(False).copy_(value)
-            parameter.grad = None
 
 
 # ---- soft words ---------------------------------------------------------------------------------------------
@@ -714,7 +673,6 @@ def inversion(
     training: Training = INVERT,
     stop: Stop | None = None,
     guard: Guard | None = None,
-    on_step: OnStep | None = None,
 ) -> Attack:
     """Pictures asked for with K soft words, trained until the erased model denoises pictures of the concept with them.
 
@@ -732,7 +690,6 @@ def inversion(
         training: Its seed is the start's, too.
         stop: Where training may end early; None takes all steps.
         guard: Of the pipeline that draws, to train through it: the words then denoise what it makes of their predictions.
-        on_step: Called after each step.
 
     Raises:
         RecipeError: A prompt has no blank or is too long, or the vocabulary has not so many words.
@@ -754,7 +711,7 @@ def inversion(
 
         trained = [e.requires_grad_() for e in soft.embeddings]
         predict = guard.around(base, drawing) if guard else base.predict
-        told = _fit(base, z, condition_of, trained, training, stop=stop, on_step=on_step, predict=predict)
+        told = _fit(base, z, condition_of, trained, training, stop=stop, predict=predict)
         return meter.attack("inversion", asked.draw(base), tokens=tokens, **told)
 
 
@@ -772,7 +729,6 @@ def prefix_search(
     steps: int = 20,
     lr: float = 1e-2,
     seed: int = 0,
-    on_step: OnStep | None = None,
 ) -> Attack:
     """Pictures of the prompts with K words before each, which make the erased model denoise a picture of the concept best.
 
@@ -794,7 +750,6 @@ def prefix_search(
         steps: At each timestep.
         lr: Of Adam.
         seed: Of the words drawn and of the noise.
-        on_step: Called after each prompt.
 
     Returns:
         The last picture of each prompt; `details` have the words, whether they succeeded, and the pictures drawn, by prompt.
@@ -825,8 +780,6 @@ def prefix_search(
             drawn += picture
             for name, value in (("words", tried[-1]), ("found", found), ("tries", len(tried))):
                 details[name].append(value)
-            if on_step:
-                on_step(len(drawn), len(drawing.prompts))
         return meter.attack("prefix search", drawn, **details)
 
 
