@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from esd_lora.evaluate.attacks import (
     Stop,
     Training,
     _denoising_loss,
+    _metered,
     completion,
     inversion,
     on_simplex,
@@ -46,6 +48,7 @@ from esd_lora.evaluate.attacks import (
     seed_search,
     unmerging,
 )
+from esd_lora.evaluate.baselines import safe_latent
 from esd_lora.evaluate.drift import latents_of, noised
 from esd_lora.merging import merged_denoiser
 from esd_lora.patch import Patch
@@ -93,12 +96,12 @@ def state_of(base: Base) -> list[Tensor]:
 
 
 def unchanged(base: Base, before: list[Tensor]) -> bool:
-    """Whether all weights are what they were, bit for bit, without hooks, and none is trainable."""
+    """Whether all weights are what they were, bit for bit, without hooks or another `forward`, and none is trainable."""
     # transformers leaves hooks of its own, but in the layers of its models
     hooked = [base.denoiser, *(m for part in modules_of(base) for m in part.modules() if isinstance(m, nn.Embedding))]
     trainable = any(p.requires_grad or p.grad is not None for part in modules_of(base) for p in part.parameters())
     now = state_of(base)
-    bare = not any(m._forward_hooks or m._forward_pre_hooks for m in hooked)
+    bare = not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in hooked)
     return bare and not trainable and len(now) == len(before) and all(map(torch.equal, now, before))
 
 
@@ -115,6 +118,34 @@ def merged(tiny_folder: Path, patch: Patch) -> Base:
     pipe = load_base(str(tiny_folder), device="cpu").pipe
     pipe.unet = merged_denoiser(base_of(pipe), patch)
     return base_of(pipe)
+
+
+# ---- what it costs --------------------------------------------------------------------------------------------
+
+
+def test_passes_that_a_guard_adds_are_counted(erased: Base) -> None:
+    """By every meter around it, whether the guard is in place before or after; against what the first layer is given."""
+    given: list[int] = []
+    erased.denoiser.conv_in.register_forward_hook(lambda _, args, __: given.append(len(args[0])))
+    with safe_latent(erased, "cat"), _metered(erased.denoiser) as before:
+        found = seed_search(erased, CATS)
+    assert found.passes == before.passes == sum(given) == DRAWN * 3 // 2
+    with _metered(erased.denoiser) as outer, safe_latent(erased, "cat"):
+        seed_search(erased, CATS)
+        one = erased.noise([1]), torch.tensor([500]), erased.encode([""])
+        erased.predict(*one)
+        erased.denoiser.conv_in.weight.requires_grad_(True)
+        erased.predict(*one)
+    assert outer.passes == sum(given) - found.passes + 2  # a backward pass counts as two
+    assert "forward" not in vars(erased.denoiser)
+
+
+def test_a_meter_leaves_what_was_there_before_it(base: Base) -> None:
+    """As where accelerate moves a network to its device before each call."""
+    own = base.denoiser.forward = partial(base.denoiser.forward)
+    with pytest.raises(RecipeError), _metered(base.denoiser):
+        seed_search(base, replace(CATS, resolution=17))
+    assert base.denoiser.forward is own
 
 
 # ---- words ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -226,9 +226,25 @@ class _Meter:
         self.passes = 0
         self.started = time.perf_counter()
 
-    def count(self, _module: nn.Module, _args: Any, out: Any) -> None:
-        """A hook on a denoiser."""
-        self.passes += len(out[0]) * (3 if out[0].requires_grad else 1)
+    @contextmanager
+    def counting(self, denoiser: nn.Module) -> Iterator[None]:
+        """Inside, calls of a denoiser's `forward` are counted; a hook on it would miss those that other hooks make."""
+        own, before = denoiser.forward, vars(denoiser).get("forward")
+
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = own(*args, **kwargs)
+            self.passes += len(out[0]) * (3 if out[0].requires_grad else 1)
+            return out
+
+        denoiser.forward = forward
+        try:
+            yield
+        finally:
+            if before:
+                denoiser.forward = before
+            else:
+                del denoiser.forward
 
     def attack(self, name: str, pictures: Pictures, **details: Any) -> Attack:
         """The attack that has cost so much."""
@@ -239,12 +255,10 @@ class _Meter:
 def _metered(*denoisers: nn.Module) -> Iterator[_Meter]:
     """Inside, the passes of the denoisers are counted."""
     meter = _Meter()
-    handles = [d.register_forward_hook(meter.count) for d in denoisers]
-    try:
+    with ExitStack() as counted:
+        for denoiser in denoisers:
+            counted.enter_context(meter.counting(denoiser))
         yield meter
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _drawn(name: str, base: Base, drawing: Drawing, **details: Any) -> Attack:
