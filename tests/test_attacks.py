@@ -16,6 +16,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -61,6 +62,19 @@ CATS = BLANKS.asking("cat")
 DRAWN = 2 * STEPS * len(CATS.prompts)
 """Passes of a drawing: guidance doubles them."""
 SHORT = Training(steps=4, batch_size=2)
+
+
+def half() -> Base:
+    base = tiny()
+    base.denoiser.to(torch.bfloat16)
+    return base
+
+
+def consistency() -> Base:
+    """A latent consistency model, which takes 50 steps at most."""
+    pipe = tiny_pipeline(guidance_size=16)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return base_of(pipe)
 
 
 def tiny(kind: str = "sd") -> Base:
@@ -647,6 +661,21 @@ def bad_inputs(base: Base, patch: Patch) -> dict[str, tuple[type[EsdLoraError], 
             BaseModelError,
             "has prediction_type v_prediction, and",
             lambda: completion(base, CATS, k=1, unerased=tiny("v_prediction")),
+        ),
+        "dtype": (
+            BaseModelError,
+            "has dtype torch.bfloat16, and",
+            lambda: completion(base, CATS, k=1, unerased=half()),
+        ),
+        "more steps than there are": (
+            RecipeError,
+            "steps: ",
+            lambda: ring_a_bell(consistency(), replace(CATS, steps=60), pairs=[("a", "b")], eta=1),
+        ),
+        "more steps, completion": (
+            RecipeError,
+            "steps: ",
+            lambda: completion(consistency(), replace(CATS, steps=60), k=1, unerased=consistency()),
         ),
         "bare, scaling": (PatchError, "unmerging", lambda: scaling(base, CATS, weight=0)),
         "rank": (RecipeError, "rank", lambda: relearning(base, named, CATS, stop=stop, rank=0)),

@@ -349,7 +349,7 @@ def ring_a_bell(base: Base, drawing: Drawing, *, pairs: Sequence[tuple[str, str]
         eta: η; 0 is the prompt itself.
 
     Raises:
-        RecipeError: There are no pairs, or a prompt has its blank still.
+        RecipeError: There are no pairs, a prompt has its blank still, or the base cannot draw in so many steps.
     """
     if not pairs:
         raise RecipeError("pairs: needs at least one prompt with the concept and one without it")
@@ -373,9 +373,9 @@ def completion(base: Base, drawing: Drawing, *, k: int, unerased: Base | None = 
         unerased: The base that the patch was merged into; None where it is attached, to take the adapters off.
 
     Raises:
-        RecipeError: k is out of bounds, or a prompt has its blank still.
+        RecipeError: k is out of bounds, a prompt has its blank still, or the base cannot draw in so many steps.
         PatchError: There is neither an attached patch nor an unerased base.
-        BaseModelError: The unerased base is of another family, or its denoiser reads or predicts something else.
+        BaseModelError: The unerased base is of another family or dtype, or its denoiser reads or predicts something else.
     """
     if not 0 <= k <= drawing.steps:
         raise RecipeError(f"k: must be from 0 to the {drawing.steps} steps of the drawing, got {k}")
@@ -398,7 +398,7 @@ def completion(base: Base, drawing: Drawing, *, k: int, unerased: Base | None = 
 def _speaks(base: Base) -> dict[str, Any]:
     """What two denoisers must have in common to draw one picture together."""
     network = {k: base.denoiser.config.get(k) for k in ("in_channels", "cross_attention_dim", "joint_attention_dim")}
-    return network | {"prediction_type": base.pipe.scheduler.config.get("prediction_type")}
+    return network | {"prediction_type": base.pipe.scheduler.config.get("prediction_type"), "dtype": base.dtype}
 
 
 @contextmanager
@@ -422,6 +422,7 @@ def _draw_encoded(
 ) -> Pictures:
     """The pictures of `Drawing.draw` from embeddings: moved, and with the first k steps inside a context."""
     prompts = _plain(drawing.prompts)
+    base.check_steps(drawing.steps, name="steps", resolution=drawing.resolution)
     base.pipe.to(base.device)
     pictures: Pictures = []
     for start in range(0, len(prompts), drawing.batch_size):
