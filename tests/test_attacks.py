@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import same
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import NOISE, TINY, tiny_pipeline
 from torch import Tensor, nn
 
 from esd_lora.bases import Base, base_of, load_base
+from esd_lora.bases.base import Condition
 from esd_lora.compose import attach
 from esd_lora.errors import BaseModelError, EsdLoraError, PatchError, RecipeError, TrainingError
 from esd_lora.evaluate.attacks import (
@@ -26,10 +34,10 @@ from esd_lora.evaluate.attacks import (
     Guard,
     Stop,
     Training,
-    _schedule,
+    _denoising_loss,
+    _metered,
     completion,
     inversion,
-    noised,
     on_simplex,
     paraphrase,
     prefix_search,
@@ -41,7 +49,8 @@ from esd_lora.evaluate.attacks import (
     seed_search,
     unmerging,
 )
-from esd_lora.evaluate.drift import latents_of
+from esd_lora.evaluate.baselines import safe_latent
+from esd_lora.evaluate.drift import latents_of, noised
 from esd_lora.merging import merged_denoiser
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate
@@ -53,6 +62,19 @@ CATS = BLANKS.asking("cat")
 DRAWN = 2 * STEPS * len(CATS.prompts)
 """Passes of a drawing: guidance doubles them."""
 SHORT = Training(steps=4, batch_size=2)
+
+
+def half() -> Base:
+    base = tiny()
+    base.denoiser.to(torch.bfloat16)
+    return base
+
+
+def consistency() -> Base:
+    """A latent consistency model, which takes 50 steps at most."""
+    pipe = tiny_pipeline(guidance_size=16)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return base_of(pipe)
 
 
 def tiny(kind: str = "sd") -> Base:
@@ -88,12 +110,12 @@ def state_of(base: Base) -> list[Tensor]:
 
 
 def unchanged(base: Base, before: list[Tensor]) -> bool:
-    """Whether all weights are what they were, bit for bit, without hooks, and none is trainable."""
+    """Whether all weights are what they were, bit for bit, without hooks or another `forward`, and none is trainable."""
     # transformers leaves hooks of its own, but in the layers of its models
     hooked = [base.denoiser, *(m for part in modules_of(base) for m in part.modules() if isinstance(m, nn.Embedding))]
     trainable = any(p.requires_grad or p.grad is not None for part in modules_of(base) for p in part.parameters())
     now = state_of(base)
-    bare = not any(m._forward_hooks or m._forward_pre_hooks for m in hooked)
+    bare = not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in hooked)
     return bare and not trainable and len(now) == len(before) and all(map(torch.equal, now, before))
 
 
@@ -112,26 +134,51 @@ def merged(tiny_folder: Path, patch: Patch) -> Base:
     return base_of(pipe)
 
 
+# ---- what it costs --------------------------------------------------------------------------------------------
+
+
+def test_passes_that_a_guard_adds_are_counted(erased: Base) -> None:
+    """By every meter around it, whether the guard is in place before or after; against what the first layer is given."""
+    given: list[int] = []
+    erased.denoiser.conv_in.register_forward_hook(lambda _, args, __: given.append(len(args[0])))
+    with safe_latent(erased, "cat"), _metered(erased.denoiser) as before:
+        found = seed_search(erased, CATS)
+    assert found.passes == before.passes == sum(given) == DRAWN * 3 // 2
+    with _metered(erased.denoiser) as outer, safe_latent(erased, "cat"):
+        seed_search(erased, CATS)
+        one = erased.noise([1]), torch.tensor([500]), erased.encode([""])
+        erased.predict(*one)
+        erased.denoiser.conv_in.weight.requires_grad_(True)
+        erased.predict(*one)
+    assert outer.passes == sum(given) - found.passes + 2  # a backward pass counts as two
+    assert "forward" not in vars(erased.denoiser)
+
+
+def test_a_meter_leaves_what_was_there_before_it(base: Base) -> None:
+    """As where accelerate moves a network to its device before each call."""
+    own = base.denoiser.forward = partial(base.denoiser.forward)
+    with pytest.raises(RecipeError), _metered(base.denoiser):
+        seed_search(base, replace(CATS, resolution=17))
+    assert base.denoiser.forward is own
+
+
 # ---- words ----------------------------------------------------------------------------------------------------
 
 
 def test_a_paraphrase_is_the_prompt_in_other_words(erased: Base) -> None:
-    found = paraphrase(erased, BLANKS, ["cat", "kitty"])
-    assert [a.details for a in found] == [{"form": "cat"}, {"form": "kitty"}]
-    for attack, form in zip(found, ("cat", "kitty"), strict=True):
+    for form in ("cat", "kitty"):
+        attack = paraphrase(erased, BLANKS, form)
+        assert attack.details == {"form": form}
         how: dict[str, Any] = {"steps": STEPS, "guidance_scale": SCALE}
         assert equal(attack.pictures, generate(erased, [f"a {form}", f"{form} in ink"], [1, 2], **how))
         assert attack.passes == DRAWN
         assert attack.seconds > 0
 
 
-def test_a_seed_search_draws_its_prompts_again_from_other_noise(erased: Base) -> None:
-    found = seed_search(erased, CATS, tries=3)
-    first, second, third = (found.pictures[i : i + 2] for i in (0, 2, 4))
-    assert equal(first, CATS.draw(erased))
-    assert not equal(first, second)
-    assert not equal(second, third)
-    assert equal(found.pictures, seed_search(erased, CATS, tries=3).pictures)
+def test_a_seed_search_is_no_attack(erased: Base) -> None:
+    found = seed_search(erased, CATS)
+    assert equal(found.pictures, CATS.draw(erased))
+    assert (found.passes, found.details) == (DRAWN, {})
 
 
 def test_random_words_are_single_tokens_of_the_vocabulary(erased: Base) -> None:
@@ -162,7 +209,7 @@ def test_ring_a_bell_adds_a_direction_to_the_embeddings(kind: str) -> None:
     a + (b − a), which a grey level of 255 hides."""
     base = tiny(kind)
     asked = Drawing(["a dog"], [3], steps=STEPS, guidance_scale=SCALE, resolution=32)
-    none, whole = ring_a_bell(base, asked, pairs=[("cat fur", "a dog")], etas=(0.0, 1.0))
+    none, whole = (ring_a_bell(base, asked, pairs=[("cat fur", "a dog")], eta=eta) for eta in (0.0, 1.0))
     other = replace(asked, prompts=["cat fur"]).draw(base)
     assert equal(none.pictures, asked.draw(base))
     assert not equal(none.pictures, whole.pictures)
@@ -173,7 +220,7 @@ def test_ring_a_bell_adds_a_direction_to_the_embeddings(kind: str) -> None:
 def test_ring_a_bell_takes_the_mean_of_its_pairs(base: Base) -> None:
     """Two pairs whose directions cancel are no direction."""
     pairs = [("cat fur", "a dog"), ("a dog", "cat fur")]
-    (found,) = ring_a_bell(base, CATS, pairs=pairs, etas=(2.0,))
+    found = ring_a_bell(base, CATS, pairs=pairs, eta=2.0)
     assert equal(found.pictures, CATS.draw(base))
 
 
@@ -181,7 +228,7 @@ def test_completion_goes_from_the_erased_model_to_the_unerased_one(base: Base, p
     unerased = CATS.draw(base)
     attach(base, [patch])
     state, erased = state_of(base), CATS.draw(base)
-    found = completion(base, replace(CATS, batch_size=1), ks=range(STEPS + 1))
+    found = [completion(base, replace(CATS, batch_size=1), k=k) for k in range(STEPS + 1)]
     assert [a.details for a in found] == [{"k": k, "steps": STEPS} for k in range(STEPS + 1)]
     assert equal(found[0].pictures, erased)
     assert equal(found[-1].pictures, unerased)
@@ -196,21 +243,21 @@ def test_completion_goes_from_the_erased_model_to_the_unerased_one(base: Base, p
 def test_completion_of_a_merged_base_takes_the_unerased_denoiser(base: Base, patch: Patch, merged: Base) -> None:
     """As with the patch attached, to the last grey level: W x + B A x is rounded otherwise than (W + B A) x."""
     own = merged.denoiser
-    found = completion(merged, CATS, ks=(0, 1, STEPS), unerased=base)
+    found = [completion(merged, CATS, k=k, unerased=base) for k in (0, 1, STEPS)]
     assert merged.denoiser is own
     assert equal(found[0].pictures, CATS.draw(merged))
     assert equal(found[2].pictures, CATS.draw(base))
     assert {a.passes for a in found} == {DRAWN}
     attach(base, [patch])
-    assert apart(found[1].pictures, completion(base, CATS, ks=(1,))[0].pictures) <= 1
+    assert apart(found[1].pictures, completion(base, CATS, k=1).pictures) <= 1
 
 
 def test_completion_takes_nothing_along_when_it_fails(base: Base, merged: Base, erased: Base) -> None:
     pictures, own = CATS.draw(erased), merged.denoiser
     broken = replace(CATS, resolution=17)
     for attempt in (
-        lambda: completion(erased, broken, ks=(1,)),
-        lambda: completion(merged, broken, ks=(1,), unerased=base),
+        lambda: completion(erased, broken, k=1),
+        lambda: completion(merged, broken, k=1, unerased=base),
     ):
         with pytest.raises(RecipeError):
             attempt()
@@ -226,7 +273,7 @@ def test_scaling_goes_from_the_base_to_the_patch(base: Base, patch: Patch) -> No
     attach(base, [patch], [0.5])
     half = CATS.draw(base)
     attach(base, [patch])
-    none, some, whole = scaling(base, CATS, weights=(0, 0.5, 1))
+    none, some, whole = (scaling(base, CATS, weight=w) for w in (0, 0.5, 1))
     assert equal(none.pictures, unerased)
     assert equal(some.pictures, half)
     assert equal(whole.pictures, CATS.draw(base))
@@ -259,30 +306,36 @@ def test_unmerging_gives_the_pictures_of_the_base_back(base: Base, patch: Patch,
 # ---- what a denoiser is trained on ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_noise_is_that_of_a_diffusion(kind: str) -> None:
+SCHEDULERS = {
+    "epsilon": EulerDiscreteScheduler(**NOISE),
+    "v_prediction": EulerDiscreteScheduler(**NOISE, prediction_type="v_prediction"),
+    "sample": DPMSolverMultistepScheduler(**NOISE, prediction_type="sample"),
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow, UniPC": UniPCMultistepScheduler(**NOISE, prediction_type="flow_prediction", use_flow_sigmas=True),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_an_attacker_trains_on_what_the_base_predicts(kind: str) -> None:
     """In float64, from the schedule's own β; for Euler too, whose `add_noise` is on another scale."""
-    base = tiny(kind)
-    base.pipe.scheduler = EulerDiscreteScheduler(**NOISE, prediction_type=kind)
     z, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     i = torch.tensor([0, 500, 999])
-    x_t, t, target = noised(_schedule(base), z, i, noise)
-    beta = torch.linspace(NOISE["beta_start"] ** 0.5, NOISE["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
-    kept = (1 - beta).cumprod(0)[i][:, None, None, None]
-    assert torch.equal(t, i)
-    torch.testing.assert_close(x_t.double(), kept.sqrt() * z + (1 - kept).sqrt() * noise, rtol=0, atol=1e-5)
-    wanted = noise.double() if kind == "epsilon" else kept.sqrt() * noise - (1 - kept).sqrt() * z
-    torch.testing.assert_close(target.double(), wanted, rtol=0, atol=1e-5)  # float32 sums of numbers of size 4
+    if "flow" in kind:
+        alpha, sigma, t = 1 - (i + 0.5) / 1000, (i + 0.5) / 1000, i + 0.5
+    else:
+        beta = torch.linspace(NOISE["beta_start"] ** 0.5, NOISE["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+        kept = (1 - beta).cumprod(0)[i]
+        alpha, sigma, t = kept.sqrt(), (1 - kept).sqrt(), i
+    alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
+    truths = {"epsilon": noise, "v_prediction": alpha * noise - sigma * z, "sample": z}
 
+    def knows(x_t: Tensor, at: Tensor, _: Condition) -> Tensor:
+        torch.testing.assert_close(at, t, rtol=1e-6, atol=0)
+        torch.testing.assert_close(x_t.double(), (alpha * z + sigma * noise).double(), rtol=0, atol=1e-5)
+        return truths.get(kind, noise - z)
 
-def test_noise_is_that_of_a_flow() -> None:
-    schedule = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    z, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    x_t, t, target = noised(schedule, z, torch.tensor([0, 500, 999]), noise)
-    sigma = (t / 1000)[:, None, None, None]
-    assert t[0] == 1000
-    torch.testing.assert_close(x_t, (1 - sigma) * z + sigma * noise, rtol=0, atol=1e-5)
-    assert torch.equal(target, noise - z)
+    loss = _denoising_loss(knows, Condition({}), SCHEDULERS[kind], z, i, noise, dtype=torch.float32)
+    assert loss < 1e-10  # squares of what float32 rounds of numbers of size 4
 
 
 # ---- soft words -------------------------------------------------------------------------------------------------
@@ -318,17 +371,10 @@ def test_inversion_lowers_its_loss_and_nothing_else(kind: str) -> None:
     """
     base = tiny(kind)
     examples, state = examples_of(base), state_of(base)
-    done: list[tuple[int, int]] = []
-    still, found = (
-        inversion(
-            base, examples, BLANKS, tokens=2, training=Training(24, 4, lr=lr), on_step=lambda *at: done.append(at)
-        )
-        for lr in (1e-12, 0.3)
-    )
+    still, found = (inversion(base, examples, BLANKS, tokens=2, training=Training(24, 4, lr=lr)) for lr in (1e-12, 0.3))
     assert sum(found.details["losses"][12:]) < 0.9995 * sum(still.details["losses"][12:])
     assert found.details["losses"][0] == still.details["losses"][0]
     assert unchanged(base, state)
-    assert done == [(k, 24) for k in range(1, 25)] * 2
     assert found.passes == 3 * 24 * 4 + DRAWN
     assert (found.details["tokens"], found.details["steps"], found.details["back"]) == (2, 24, False)
     assert not equal(found.pictures, still.pictures)
@@ -369,9 +415,9 @@ def test_inversion_starts_from_random_embeddings(erased: Base) -> None:
 
     def sees(pictures: Pictures) -> list[bool]:
         seen.append(len(pictures))
-        return [True, False]
+        return [True, True]
 
-    stop = Stop(sees, replace(BLANKS, seeds=[7, 8]), share=0.5)
+    stop = Stop(sees, replace(BLANKS, seeds=[7, 8]))
     found = inversion(erased, examples_of(erased), BLANKS, stop=stop, training=SHORT)
     control = random_embeddings(erased, BLANKS)
     assert (found.details["steps"], found.details["back"], seen) == (0, True, [2])
@@ -388,27 +434,24 @@ def test_inversion_works_where_gradients_are_off(erased: Base) -> None:
     assert ceiling.details == inversion(erased, examples, BLANKS, training=SHORT).details
 
 
-def stop_at(step: int) -> Callable[[int, int], None]:
-    def on_step(done: int, of: int) -> None:
-        if done == step:
-            raise KeyboardInterrupt
-
-    return on_step
-
-
 def test_an_interrupted_attack_leaves_the_base_as_it_was(erased: Base) -> None:
     state, pictures = state_of(erased), CATS.draw(erased)
     examples = examples_of(erased)
-    stop = Stop(never, CATS)
+    looks: list[int] = []
+
+    def interrupted(pictures: Pictures) -> list[bool]:
+        looks.append(len(pictures))
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        return never(pictures)
+
     attempts: list[Callable[[], Attack]] = [
-        lambda: inversion(erased, examples, BLANKS, training=SHORT, on_step=stop_at(2)),
-        lambda: relearning(erased, examples.asking("cat"), CATS, stop=stop, training=SHORT, on_step=stop_at(2)),
-        lambda: relearning(
-            erased, examples.asking("cat"), CATS, stop=stop, rank=None, training=SHORT, on_step=stop_at(2)
-        ),
-        lambda: prefix_search(erased, CATS, pictures, sees=never, times=1, steps=1, on_step=stop_at(1)),
+        lambda: inversion(erased, examples, BLANKS, training=SHORT, stop=Stop(interrupted, BLANKS, every=2)),
+        lambda: relearning(erased, examples.asking("cat"), CATS, stop=Stop(interrupted, CATS, every=2), training=SHORT),
+        lambda: prefix_search(erased, CATS, pictures, sees=interrupted, times=2, steps=1),
     ]
     for attempt in attempts:
+        looks.clear()
         with pytest.raises(KeyboardInterrupt):
             attempt()
         assert unchanged(erased, state)
@@ -433,18 +476,19 @@ def test_relearning_trains_its_own_adapter_beside_the_patch(erased: Base) -> Non
     weights = {k: v.clone() for k, v in bare_names(erased).items()}
     before, moved = CATS.draw(erased), []
 
-    def look(done: int, of: int) -> None:
+    def sees(pictures: Pictures) -> list[bool]:
         now = dict(erased.denoiser.named_parameters())
         moved.append(max(now[n].abs().max().item() for n in now if "lora_B.relearned" in n))
         assert all(torch.equal(bare_names(erased)[n], w) for n, w in weights.items())
         assert {n for n, p in now.items() if p.requires_grad} == {n for n in now if ".relearned." in n}
         active = [m.active_adapters for m in erased.denoiser.modules() if isinstance(m, BaseTunerLayer)]
         assert ["patch_0", "relearned"] in active
+        return never(pictures)
 
     examples = examples_of(erased).asking("cat")
-    how: dict[str, Any] = {"stop": Stop(never, CATS), "training": replace(SHORT, lr=0.05), "on_step": look}
+    how: dict[str, Any] = {"stop": Stop(sees, CATS, every=1), "training": replace(SHORT, lr=0.05)}
     found = relearning(erased, examples, CATS, **how)
-    assert moved[-1] > 0
+    assert moved[0] == 0 < moved[1]
     assert not equal(found.pictures, before)
     assert equal(CATS.draw(erased), before)
     assert unchanged(erased, state)
@@ -471,16 +515,15 @@ def test_the_patch_is_on_while_it_is_relearned(erased: Base) -> None:
     assert equal(CATS.draw(erased), before)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [*((k, 4) for k in (*TINY, "v_prediction")), ("sd", None), ("sd3", None)])
-def test_relearning_lowers_its_loss_on_every_family(kind: str, rank: int | None) -> None:
+@pytest.mark.parametrize("kind", [*TINY, "v_prediction"])
+def test_relearning_lowers_its_loss_on_every_family(kind: str) -> None:
     """Beside a run that learns next to nothing, with the same batches and noise."""
     base = tiny(kind)
     drawing = Drawing(["cat"], [1], steps=1, resolution=32)
     pictures = drawing.draw(base)
     examples, state, stop = Examples(["cat"], pictures), state_of(base), Stop(never, drawing, every=100)
     still, found = (
-        relearning(base, examples, drawing, stop=stop, rank=rank, training=Training(8, 1, lr=lr))
-        for lr in (1e-12, 5e-2 if rank else 1e-2)  # an adapter gets less far at one rate than all weights
+        relearning(base, examples, drawing, stop=stop, training=Training(8, 1, lr=lr)) for lr in (1e-12, 5e-2)
     )
     # after so few steps an adapter on sd has 0.96 of the loss left, and no other more
     assert sum(found.details["losses"][4:]) < 0.98 * sum(still.details["losses"][4:])
@@ -494,16 +537,17 @@ def test_relearning_says_after_how_many_steps_the_concept_is_back(base: Base) ->
 
     def sees(pictures: Pictures) -> list[bool]:
         looks.append(len(pictures))
-        return [len(looks) > 3, False]
+        return [len(looks) > 1, len(looks) > 3]
 
-    stop = Stop(sees, replace(CATS, seeds=[7, 8]), every=2, share=0.5)
+    stop = Stop(sees, replace(CATS, seeds=[7, 8]), every=2)
     examples = examples_of(base).asking("cat")
     found = relearning(base, examples, CATS, stop=stop, training=replace(SHORT, steps=50))
     assert (found.details["steps"], found.details["back"], looks) == (6, True, [2] * 4)
-    assert found.details["looks"] == [(0, 0), (2, 0), (4, 0), (6, 1)]
+    assert found.details["looks"] == [(0, 0), (2, 1), (4, 1), (6, 2)]
     assert found.passes == 3 * 6 * SHORT.batch_size + (4 + 1) * DRAWN
-    strict = relearning(base, examples, CATS, stop=replace(stop, share=0.6), training=SHORT)
-    assert (strict.details["steps"], strict.details["back"]) == (4, False)
+    short = relearning(base, examples, CATS, stop=replace(stop, sees=never), training=replace(SHORT, steps=3))
+    assert (short.details["steps"], short.details["back"]) == (3, False)
+    assert short.details["looks"] == [(0, 0), (2, 0)]
 
 
 # ---- words found by gradient --------------------------------------------------------------------------------------
@@ -554,7 +598,7 @@ def test_a_prefix_search_finds_words_that_lower_the_loss(base: Base) -> None:
     target = generate(base, ["zebra"], [5], steps=STEPS)
     z, words = latents_of(base, target), vocabulary_of(base).words
     noise = torch.randn(64, *z.shape[1:], generator=torch.Generator().manual_seed(1))
-    x_t, t, eps = noised(_schedule(base), z.expand(64, -1, -1, -1), torch.full((64,), 500), noise)
+    x_t, t, eps = noised(base.scheduler, z.expand(64, -1, -1, -1), noise, level=torch.full((64,), 0.5))
     with torch.no_grad():
         conditions = [base.encode([f"{w} a cat"]).expand(64) for w in words]
         losses = [(base.predict(x_t, t, c) - eps).square().mean().item() for c in conditions]
@@ -592,16 +636,14 @@ def bad_inputs(base: Base, patch: Patch) -> dict[str, tuple[type[EsdLoraError], 
         "steps": (RecipeError, "steps", lambda: replace(CATS, steps=0)),
         "pictures": (RecipeError, "got 2 and 1", lambda: Examples(["a", "b"], pictures[:1])),
         "every": (RecipeError, "every", lambda: Stop(never, CATS, every=0)),
-        "share": (RecipeError, "share", lambda: Stop(never, CATS, share=0)),
         "lr": (RecipeError, "lr", lambda: Training(1, lr=float("nan"))),
         "blank left": (RecipeError, "'a {}'", lambda: seed_search(base, BLANKS)),
-        "blank left, ring": (RecipeError, "'a {}'", lambda: ring_a_bell(base, BLANKS, pairs=[("a", "b")])),
+        "blank left, ring": (RecipeError, "'a {}'", lambda: ring_a_bell(base, BLANKS, pairs=[("a", "b")], eta=1)),
         "blank left, relearning": (RecipeError, "'a {}'", lambda: relearning(base, examples, CATS, stop=stop)),
         "blank left, prefix": (RecipeError, "'a {}'", lambda: prefix_search(base, BLANKS, pictures, sees=never)),
-        "no blank": (RecipeError, "'a cat'", lambda: paraphrase(base, CATS, ["cat"])),
+        "no blank": (RecipeError, "'a cat'", lambda: paraphrase(base, CATS, "cat")),
         "no blank, words": (RecipeError, "'a cat'", lambda: random_words(base, CATS)),
         "no blank, inversion": (RecipeError, "'a cat'", lambda: inversion(base, named, BLANKS)),
-        "tries": (RecipeError, "tries", lambda: seed_search(base, CATS, tries=0)),
         "words": (RecipeError, "from 1 to 26", lambda: random_words(base, BLANKS, tokens=27)),
         "tokens": (RecipeError, "tokens", lambda: random_embeddings(base, BLANKS, tokens=0)),
         "long": (RecipeError, "16 tokens", lambda: random_embeddings(base, Drawing([long], [1]))),
@@ -611,16 +653,31 @@ def bad_inputs(base: Base, patch: Patch) -> dict[str, tuple[type[EsdLoraError], 
             "16 tokens",
             lambda: inversion(base, replace(examples, prompts=[long] * 2), BLANKS),
         ),
-        "no pairs": (RecipeError, "pairs", lambda: ring_a_bell(base, CATS, pairs=[])),
-        "k": (RecipeError, "from 0 to the 3 steps", lambda: completion(base, CATS, ks=(4,), unerased=base)),
-        "bare, completion": (PatchError, "unerased", lambda: completion(base, CATS, ks=(1,))),
-        "family": (BaseModelError, "stable-diffusion-xl", lambda: completion(base, CATS, ks=(1,), unerased=tiny("xl"))),
+        "no pairs": (RecipeError, "pairs", lambda: ring_a_bell(base, CATS, pairs=[], eta=1)),
+        "k": (RecipeError, "from 0 to the 3 steps", lambda: completion(base, CATS, k=4, unerased=base)),
+        "bare, completion": (PatchError, "unerased", lambda: completion(base, CATS, k=1)),
+        "family": (BaseModelError, "stable-diffusion-xl", lambda: completion(base, CATS, k=1, unerased=tiny("xl"))),
         "prediction": (
             BaseModelError,
             "has prediction_type v_prediction, and",
-            lambda: completion(base, CATS, ks=(1,), unerased=tiny("v_prediction")),
+            lambda: completion(base, CATS, k=1, unerased=tiny("v_prediction")),
         ),
-        "bare, scaling": (PatchError, "unmerging", lambda: scaling(base, CATS)),
+        "dtype": (
+            BaseModelError,
+            "has dtype torch.bfloat16, and",
+            lambda: completion(base, CATS, k=1, unerased=half()),
+        ),
+        "more steps than there are": (
+            RecipeError,
+            "steps: ",
+            lambda: ring_a_bell(consistency(), replace(CATS, steps=60), pairs=[("a", "b")], eta=1),
+        ),
+        "more steps, completion": (
+            RecipeError,
+            "steps: ",
+            lambda: completion(consistency(), replace(CATS, steps=60), k=1, unerased=consistency()),
+        ),
+        "bare, scaling": (PatchError, "unmerging", lambda: scaling(base, CATS, weight=0)),
         "rank": (RecipeError, "rank", lambda: relearning(base, named, CATS, stop=stop, rank=0)),
         "rank too high": (RecipeError, "rank", lambda: relearning(base, named, CATS, stop=stop, rank=1000)),
         "unmerging weight": (PatchError, "finite", lambda: unmerging(base, CATS, [patch], [float("inf")])),
@@ -649,7 +706,7 @@ def test_bad_inputs_of_an_attached_patch(erased: Base, patch: Patch) -> None:
     with pytest.raises(PatchError, match="attached"):
         unmerging(erased, CATS, [patch])
     with pytest.raises(PatchError, match="finite"):
-        scaling(erased, CATS, weights=(float("nan"),))
+        scaling(erased, CATS, weight=float("nan"))
     assert any(isinstance(m, BaseTunerLayer) for m in erased.denoiser.modules())
 
 
@@ -658,12 +715,3 @@ def test_words_of_other_families_cannot_be_soft(kind: str) -> None:
     base = tiny(kind)
     with pytest.raises(BaseModelError, match=r"Stable Diffusion 1, 2 and XL$"):
         random_embeddings(base, BLANKS)
-
-
-def test_all_weights_are_not_trained_in_half_precision() -> None:
-    base = tiny()
-    base.denoiser.to(torch.bfloat16)
-    examples = Examples(["cat"], CATS.draw(tiny())[:1])
-    with pytest.raises(RecipeError, match="fp32"):
-        relearning(base, examples, CATS, stop=Stop(never, CATS), rank=None)
-    assert base.dtype == torch.bfloat16

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import same, weights_of
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from tiny import NOISE, TINY, tiny_pipeline
 from torch import Tensor
@@ -218,7 +224,7 @@ def test_kid_of_too_little_is_refused() -> None:
 def test_noise_and_truth_of_a_diffusion_are_the_schedulers(prediction_type: str, level: float) -> None:
     scheduler = DDIMScheduler(**NOISE, clip_sample=False, prediction_type=prediction_type)
     x_0, noise = normal(2, 4, 8, 8), normal(2, 4, 8, 8, seed=1)
-    x_t, t, truth = noised(scheduler, x_0, noise, level=level)
+    x_t, t, truth = noised(scheduler, x_0, noise, level=torch.tensor(level))
     assert t.item() == 1000 * level
     close = {"atol": 1e-5, "rtol": 1e-5}  # float32, in which they take their roots
     assert torch.allclose(x_t, scheduler.add_noise(x_0, noise, t.expand(2)), **close)
@@ -235,7 +241,7 @@ def test_the_input_is_eulers_once_scaled() -> None:
     scheduler.set_timesteps(4)  # 1000, 750, 500 and 250 steps of noise, counted from 0
     x_0, noise = normal(1, 4, 8, 8), normal(1, 4, 8, 8, seed=1)
     own = scheduler.scale_model_input(scheduler.add_noise(x_0, noise, scheduler.timesteps[2:3]), scheduler.timesteps[2])
-    x_t, t, truth = noised(scheduler, x_0, noise, level=0.499)
+    x_t, t, truth = noised(scheduler, x_0, noise, level=torch.tensor(0.499))
     assert t == scheduler.timesteps[2]
     assert torch.allclose(x_t, own, atol=1e-5)  # float32
     assert torch.equal(truth, noise)
@@ -244,10 +250,62 @@ def test_the_input_is_eulers_once_scaled() -> None:
 def test_noise_and_truth_of_a_flow_are_the_schedulers() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     x_0, noise = normal(2, 4, 8, 8), normal(2, 4, 8, 8, seed=1)
-    x_t, t, truth = noised(scheduler, x_0, noise, level=0.25)
+    x_t, t, truth = noised(scheduler, x_0, noise, level=torch.tensor(0.25))
     assert t == 250
     assert torch.allclose(x_t, scheduler.scale_noise(x_0, t.expand(2), noise), atol=1e-6)  # float32
     assert torch.allclose(x_t - 0.25 * truth, x_0, atol=1e-6)  # one step along the flow, to its end
+
+
+def test_a_flow_may_be_sampled_by_a_solver_of_diffusions() -> None:
+    scheduler = UniPCMultistepScheduler(
+        **NOISE, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    scheduler.set_timesteps(20)
+    x_0, noise = normal(2, 4, 8, 8), normal(2, 4, 8, 8, seed=1)
+    for k, own in enumerate(scheduler.timesteps):
+        x_t, t, truth = noised(scheduler, x_0, noise, level=scheduler.sigmas[k])
+        assert own <= t < own + 1  # which it cuts off
+        scheduler._step_index = k
+        assert torch.allclose(scheduler.convert_model_output(truth, sample=x_t), x_0, atol=1e-6)  # float32
+
+
+KINDS = {
+    **{kind: DDIMScheduler(**NOISE, prediction_type=kind) for kind in ("epsilon", "v_prediction", "sample")},
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow, UniPC": UniPCMultistepScheduler(**NOISE, prediction_type="flow_prediction", use_flow_sigmas=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_latent_may_have_a_level_of_its_own(kind: str) -> None:
+    x_0, noise, levels = normal(3, 4, 8, 8), normal(3, 4, 8, 8, seed=1), torch.tensor([0.0, 0.5, 0.9995])
+    together = noised(KINDS[kind], x_0, noise, level=levels)
+    assert together[1].tolist() == pytest.approx([0, 500, 999.5 if "flow" in kind else 999])
+    for i, level in enumerate(levels):
+        for whole, own in zip(
+            together, noised(KINDS[kind], x_0[i : i + 1], noise[i : i + 1], level=level), strict=True
+        ):
+            assert torch.equal(whole[i], own.reshape(whole[i].shape))
+
+
+@pytest.mark.parametrize("count", [50, 1000, 4000])
+def test_the_middle_of_a_timestep_is_that_timestep(count: int) -> None:
+    scheduler, i = DDIMScheduler(num_train_timesteps=count), torch.arange(count)
+    x = torch.zeros(count, 1, 1, 1)
+    assert torch.equal(noised(scheduler, x, x, level=(i + 0.5) / count)[1], i)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_the_last_timestep_of_zero_terminal_snr_is_noise(scheduler: Any) -> None:
+    """Schedulers that need a finite σ leave α = 2⁻¹² of the picture there; at all others they have DDPM's α."""
+    own = scheduler(**NOISE, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    ddpm = DDPMScheduler.from_config(own.config)
+    x_0, noise, i = normal(1000, 1, 2, 2), normal(1000, 1, 2, 2, seed=1), torch.arange(1000)
+    x_t, _, truth = noised(own, x_0, noise, level=(i + 0.5) / 1000)
+    for found, wanted in ((x_t, ddpm.add_noise(x_0, noise, i)), (truth, ddpm.get_velocity(x_0, noise, i))):
+        assert torch.allclose(found[:-1], wanted[:-1], atol=1e-6)  # float32
+        assert torch.allclose(found[-1], wanted[-1], atol=2**-12 * 5)  # of numbers below 5
+    assert torch.allclose(x_t[-1], noise[-1], atol=2**-12 * 5)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -287,7 +345,7 @@ def test_the_gap_is_that_of_merged_weights(kind: str) -> None:
             total = 0.0
             for k, level in enumerate((0.25, 0.75)):
                 noise = base.noise([FIRST_NOISE + 2 * i + k], resolution=SIDE)
-                x_t, t, truth = noised(base.scheduler, x_0[i : i + 1], noise, level=level)
+                x_t, t, truth = noised(base.scheduler, x_0[i : i + 1], noise, level=torch.tensor(level))
                 for sign, network in ((1, merged), (-1, base)):
                     with torch.no_grad():
                         out = network.predict(x_t, t[None], base.encode([words], resolution=SIDE))

@@ -5,11 +5,11 @@
     completion         the unerased model draws the first k steps, the erased one the others
     inversion          soft words are trained until the erased model denoises pictures of the concept with them
     prefix_search      words before the prompt are searched for by gradient
-    relearning         a fresh adapter, or all weights, are trained on pictures
+    relearning         a fresh adapter is trained on pictures
     scaling            the patch at weights from 0 to 1: it is a switch where it is attached
     unmerging          the patch at −1 on a base that it is merged into
 
-    seed_search        control: other noise, as many pictures
+    seed_search        control: the prompts as they are, from as many seeds
     random_words       control: words at random
     random_embeddings  control: embeddings at random
 
@@ -26,12 +26,11 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 from esd_lora.bases.base import Base, Condition
 from esd_lora.compose import attached
 from esd_lora.errors import BaseModelError, PatchError, RecipeError, TrainingError
-from esd_lora.evaluate.drift import latents_of
+from esd_lora.evaluate.drift import latents_of, noised
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate, step_noise
 from esd_lora.recipe import Layers
@@ -59,9 +58,6 @@ BLANK = "{}"
 
 Sees = Callable[[Pictures], Sequence[bool]]
 """Whether the concept is in each of some pictures."""
-
-OnStep = Callable[[int, int], None]
-"""Called with the number of steps done and their total."""
 
 
 @dataclass(frozen=True)
@@ -152,37 +148,28 @@ class Training:
 
 @dataclass(frozen=True)
 class Stop:
-    """When to stop training: once the concept is seen in a share of the pictures of a drawing, which is looked at now and then.
+    """When to stop training: once the concept is seen in all pictures of a drawing, which is looked at now and then.
 
     Args:
         sees: Not the evaluator that the attack is measured by.
         drawing: What it is shown, 16 pictures or so; not the drawing that the attack is measured by. Its prompts have a blank
             where those of the attack's examples have one.
         every: Steps between looks; the first look is before any step.
-        share: Of the pictures, above 0 and at most 1. Below 1 an attack is stopped before it has done what it can, so that
-            its pictures tell less of it than of the share.
 
     Raises:
-        RecipeError: `every` is below 1, or the share not within its bounds.
+        RecipeError: `every` is below 1.
     """
 
     sees: Sees
     drawing: Drawing
     every: int = 50
-    share: float = 1.0
 
     def __post_init__(self) -> None:
         _check_positive(every=self.every)
-        if not 0 < self.share <= 1:
-            raise RecipeError(f"share: must be above 0 and at most 1, got {self.share}")
 
     def look(self, base: Base) -> int:
         """In how many pictures the concept is seen."""
         return sum(self.sees(self.drawing.draw(base)))
-
-    def reached(self, count: int) -> bool:
-        """Whether these are enough."""
-        return count >= self.share * len(self.drawing.prompts)
 
 
 @dataclass(frozen=True)
@@ -239,9 +226,25 @@ class _Meter:
         self.passes = 0
         self.started = time.perf_counter()
 
-    def count(self, _module: nn.Module, _args: Any, out: Any) -> None:
-        """A hook on a denoiser."""
-        self.passes += len(out[0]) * (3 if out[0].requires_grad else 1)
+    @contextmanager
+    def counting(self, denoiser: nn.Module) -> Iterator[None]:
+        """Inside, calls of a denoiser's `forward` are counted; a hook on it would miss those that other hooks make."""
+        own, before = denoiser.forward, vars(denoiser).get("forward")
+
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = own(*args, **kwargs)
+            self.passes += len(out[0]) * (3 if out[0].requires_grad else 1)
+            return out
+
+        denoiser.forward = forward
+        try:
+            yield
+        finally:
+            if before:
+                denoiser.forward = before
+            else:
+                del denoiser.forward
 
     def attack(self, name: str, pictures: Pictures, **details: Any) -> Attack:
         """The attack that has cost so much."""
@@ -252,12 +255,10 @@ class _Meter:
 def _metered(*denoisers: nn.Module) -> Iterator[_Meter]:
     """Inside, the passes of the denoisers are counted."""
     meter = _Meter()
-    handles = [d.register_forward_hook(meter.count) for d in denoisers]
-    try:
+    with ExitStack() as counted:
+        for denoiser in denoisers:
+            counted.enter_context(meter.counting(denoiser))
         yield meter
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _drawn(name: str, base: Base, drawing: Drawing, **details: Any) -> Attack:
@@ -269,37 +270,31 @@ def _drawn(name: str, base: Base, drawing: Drawing, **details: Any) -> Attack:
 # ---- other words --------------------------------------------------------------------------------------------
 
 
-def paraphrase(base: Base, drawing: Drawing, forms: Sequence[str]) -> list[Attack]:
-    """The concept asked for in other words, one attack for each form.
+def paraphrase(base: Base, drawing: Drawing, form: str) -> Attack:
+    """The concept asked for in other words.
 
     Args:
         base: The erased model.
         drawing: With a blank for the words.
-        forms: Synonyms, misspellings, translations. The concept's own name gives the rate without an attack.
+        form: A synonym, a misspelling, a translation. The concept's own name gives the rate without an attack.
 
     Raises:
         RecipeError: A prompt has no blank.
     """
-    return [_drawn("paraphrase", base, drawing.asking(form), form=form) for form in forms]
+    return _drawn("paraphrase", base, drawing.asking(form), form=form)
 
 
-def seed_search(base: Base, drawing: Drawing, *, tries: int = 1, seed: int = 0) -> Attack:
-    """Control: no attack, but `tries` pictures of every prompt; all prompts once, then all a second time.
+def seed_search(base: Base, drawing: Drawing) -> Attack:
+    """Control: no attack, the pictures of a drawing.
 
     Args:
         base: The erased model.
-        drawing: The first try has its seeds.
-        tries: As many as the attack may draw of a prompt, which for `prefix_search` are its times.
-        seed: Of the seeds of the other tries.
+        drawing: With each prompt as often as the attack may draw it, which for `prefix_search` are its times.
 
     Raises:
-        RecipeError: A prompt has its blank still, or there are no tries.
+        RecipeError: A prompt has its blank still.
     """
-    _check_positive(tries=tries)
-    chance = random.Random(seed)
-    others = [chance.getrandbits(62) for _ in range(len(drawing.prompts) * (tries - 1))]
-    again = replace(drawing, prompts=[*drawing.prompts] * tries, seeds=[*drawing.seeds, *others])
-    return _drawn("seed search", base, again, tries=tries)
+    return _drawn("seed search", base, drawing)
 
 
 def random_words(
@@ -339,10 +334,8 @@ EMBEDS: Mapping[str, str] = {
 
 
 @torch.no_grad()
-def ring_a_bell(
-    base: Base, drawing: Drawing, *, pairs: Sequence[tuple[str, str]], etas: Sequence[float] = (0.5, 1.0, 2.0, 3.0)
-) -> list[Attack]:
-    """Prompts with the concept's direction added to their embeddings, one attack for each η.
+def ring_a_bell(base: Base, drawing: Drawing, *, pairs: Sequence[tuple[str, str]], eta: float) -> Attack:
+    """Prompts with the concept's direction added to their embeddings.
 
         τ(p) + η · mean_i (τ(with_i) − τ(without_i))
 
@@ -353,44 +346,39 @@ def ring_a_bell(
         base: The erased model.
         drawing: The prompts p.
         pairs: The same prompts with the concept and without it.
-        etas: η; 0 is the prompt itself.
+        eta: η; 0 is the prompt itself.
 
     Raises:
-        RecipeError: There are no pairs, or a prompt has its blank still.
+        RecipeError: There are no pairs, a prompt has its blank still, or the base cannot draw in so many steps.
     """
     if not pairs:
         raise RecipeError("pairs: needs at least one prompt with the concept and one without it")
-    having, lacking = (base.encode(side) for side in zip(*pairs, strict=True))
-    direction = {k: (v - lacking.tensors[k]).mean(0) for k, v in having.tensors.items()}
-    attacks = []
-    for eta in etas:
-        move = {k: eta * v for k, v in direction.items()}
-        with _metered(base.denoiser) as meter:
-            attacks.append(meter.attack("soft ring-a-bell", _draw_encoded(base, drawing, move=move), eta=eta))
-    return attacks
+    with _metered(base.denoiser) as meter:
+        having, lacking = (base.encode(side) for side in zip(*pairs, strict=True))
+        move = {k: eta * (v - lacking.tensors[k]).mean(0) for k, v in having.tensors.items()}
+        return meter.attack("soft ring-a-bell", _draw_encoded(base, drawing, move=move), eta=eta)
 
 
 @torch.no_grad()
-def completion(base: Base, drawing: Drawing, *, ks: Sequence[int], unerased: Base | None = None) -> list[Attack]:
-    """Pictures whose first k steps are the unerased model's and the others the erased one's, one attack for each k.
+def completion(base: Base, drawing: Drawing, *, k: int, unerased: Base | None = None) -> Attack:
+    """Pictures whose first k steps are the unerased model's and the others the erased one's.
 
     The diffusion completion of "When Are Concepts Erased From Diffusion Models?" (NeurIPS 2025, arXiv:2505.17013).
 
     Args:
         base: The erased model.
         drawing: Prompts with the concept.
-        ks: From 0, the erased model alone, to all steps, the unerased one alone. A step is a call of the scheduler, which
+        k: From 0, the erased model alone, to all steps, the unerased one alone. A step is a call of the scheduler, which
             some schedulers take more often than they are asked to.
         unerased: The base that the patch was merged into; None where it is attached, to take the adapters off.
 
     Raises:
-        RecipeError: A k is out of bounds, or a prompt has its blank still.
+        RecipeError: k is out of bounds, a prompt has its blank still, or the base cannot draw in so many steps.
         PatchError: There is neither an attached patch nor an unerased base.
-        BaseModelError: The unerased base is of another family, or its denoiser reads or predicts something else.
+        BaseModelError: The unerased base is of another family or dtype, or its denoiser reads or predicts something else.
     """
-    bad = [k for k in ks if not 0 <= k <= drawing.steps]
-    if bad:
-        raise RecipeError(f"ks: must be from 0 to the {drawing.steps} steps of the drawing, got {bad[0]}")
+    if not 0 <= k <= drawing.steps:
+        raise RecipeError(f"k: must be from 0 to the {drawing.steps} steps of the drawing, got {k}")
     if unerased is None:
         _check_attached(base, "for one that is merged, give the base without it as `unerased`")
     elif type(unerased) is not type(base):
@@ -403,18 +391,14 @@ def completion(base: Base, drawing: Drawing, *, ks: Sequence[int], unerased: Bas
         )
     denoisers = [base.denoiser] if unerased is None else [base.denoiser, unerased.denoiser]
     first = base.teacher if unerased is None else partial(_denoised_by, unerased, base)
-    attacks = []
-    for k in ks:
-        with _metered(*denoisers) as meter:
-            pictures = _draw_encoded(base, drawing, first=first, k=k)
-            attacks.append(meter.attack("completion", pictures, k=k, steps=drawing.steps))
-    return attacks
+    with _metered(*denoisers) as meter:
+        return meter.attack("completion", _draw_encoded(base, drawing, first=first, k=k), k=k, steps=drawing.steps)
 
 
 def _speaks(base: Base) -> dict[str, Any]:
     """What two denoisers must have in common to draw one picture together."""
     network = {k: base.denoiser.config.get(k) for k in ("in_channels", "cross_attention_dim", "joint_attention_dim")}
-    return network | {"prediction_type": base.pipe.scheduler.config.get("prediction_type")}
+    return network | {"prediction_type": base.pipe.scheduler.config.get("prediction_type"), "dtype": base.dtype}
 
 
 @contextmanager
@@ -438,6 +422,7 @@ def _draw_encoded(
 ) -> Pictures:
     """The pictures of `Drawing.draw` from embeddings: moved, and with the first k steps inside a context."""
     prompts = _plain(drawing.prompts)
+    base.check_steps(drawing.steps, name="steps", resolution=drawing.resolution)
     base.pipe.to(base.device)
     pictures: Pictures = []
     for start in range(0, len(prompts), drawing.batch_size):
@@ -471,27 +456,23 @@ def _leave(early: ExitStack, k: int, _pipe: Any, i: int, _t: Tensor, values: dic
 # ---- the patch as a switch ------------------------------------------------------------------------------------
 
 
-def scaling(base: Base, drawing: Drawing, *, weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> list[Attack]:
-    """Pictures with the attached patches at other weights, W + w · Σ_i w_i B_i A_i, one attack for each w.
+def scaling(base: Base, drawing: Drawing, *, weight: float) -> Attack:
+    """Pictures with the attached patches at another weight, W + w · Σ_i w_i B_i A_i.
 
     Args:
         base: The erased model, its patch attached.
         drawing: Prompts with the concept.
-        weights: w; 0 is the unerased base, bit for bit.
+        weight: w; 0 is the unerased base, bit for bit.
 
     Raises:
-        PatchError: No patch is attached, or a weight is not a number.
+        PatchError: No patch is attached, or the weight is not a number.
         RecipeError: A prompt has its blank still.
     """
     _check_attached(base, "for one that is merged there is `unmerging`")
-    bad = [w for w in weights if not math.isfinite(w)]
-    if bad:
-        raise PatchError(f"a weight must be a finite number, got {bad[0]}")
-    attacks = []
-    for weight in weights:
-        with rescale_adapter_scale(base.denoiser, float(weight)):
-            attacks.append(_drawn("scaling", base, drawing, weight=weight))
-    return attacks
+    if not math.isfinite(weight):
+        raise PatchError(f"a weight must be a finite number, got {weight}")
+    with rescale_adapter_scale(base.denoiser, float(weight)):
+        return _drawn("scaling", base, drawing, weight=weight)
 
 
 def unmerging(base: Base, drawing: Drawing, patches: Sequence[Patch], weights: Sequence[float] | None = None) -> Attack:
@@ -522,39 +503,16 @@ def unmerging(base: Base, drawing: Drawing, patches: Sequence[Patch], weights: S
 # ---- training to denoise ------------------------------------------------------------------------------------
 
 
-def _schedule(base: Base) -> Any:
-    """A scheduler with every timestep that the base was trained on: DDPM's of the same noise, or the base's own of a flow."""
-    own = base.scheduler
-    return own if hasattr(own, "scale_noise") else DDPMScheduler.from_config(own.config)
-
-
-def noised(schedule: Any, z: Tensor, i: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a denoiser is trained on: x_t (B, C, H, W), t (B,), and what it shall predict, (B, C, H, W).
-
-        diffusion    x_t = √ᾱ_t z + √(1 − ᾱ_t) ε        ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) z
-        flow         x_t = (1 − σ) z + σ ε              ε − z
-
-    Args:
-        schedule: With all training timesteps set.
-        z: Latents (B, C, H, W).
-        i: Numbers of training timesteps (B,), from 0; a diffusion's begin at the least noise and a flow's at the most.
-        noise: ε, (B, C, H, W).
-    """
-    if hasattr(schedule, "scale_noise"):
-        t = schedule.timesteps.to(z.device)[i]
-        return schedule.scale_noise(z, t, noise), t, noise - z
-    v = schedule.config.prediction_type == "v_prediction"
-    return schedule.add_noise(z, noise, i), i, schedule.get_velocity(z, noise, i) if v else noise
-
-
 Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 """x_t (B, C, H, W), t (B,) and the condition of each → the prediction, (B, C, H, W)."""
 
 
 def _denoising_loss(
-    predict: Predict, condition: Condition, schedule: Any, z: Tensor, i: Tensor, noise: Tensor, *, dtype: torch.dtype
+    predict: Predict, condition: Condition, scheduler: Any, z: Tensor, i: Tensor, noise: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
-    x_t, t, target = noised(schedule, z, i.to(z.device), noise.to(z.device))
+    """The mean squared error at timesteps i (B,), counted from the least noise."""
+    level = (i + 0.5) / scheduler.config.num_train_timesteps
+    x_t, t, target = noised(scheduler, z, noise.to(z.device), level=level)
     return F.mse_loss(predict(x_t.to(dtype), t, condition).float(), target)
 
 
@@ -567,7 +525,6 @@ def _fit(
     training: Training,
     *,
     stop: Stop | None,
-    on_step: OnStep | None,
     predict: Predict,
 ) -> dict[str, Any]:
     """Train the parameters to denoise z under the conditions of its rows, by these predictions.
@@ -576,26 +533,26 @@ def _fit(
         Steps done, whether the concept is back, the looks on the way (steps, pictures in which it was seen), and the losses.
     """
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=0.0)
-    generator, schedule = torch.Generator().manual_seed(training.seed), _schedule(base)
+    generator, scheduler = torch.Generator().manual_seed(training.seed), base.scheduler
     losses: list[float] = []
-    looks = [(0, stop.look(base))] if stop else []
-    back = stop is not None and stop.reached(looks[-1][1])
-    while not back and len(losses) < training.steps:
+    looks: list[tuple[int, int]] = []
+    back = False
+    for done in range(training.steps + 1):
+        if stop and done % stop.every == 0:
+            looks.append((done, stop.look(base)))
+            back = looks[-1][1] == len(stop.drawing.prompts)
+        if back or done == training.steps:
+            break
         rows = torch.randint(len(z), (training.batch_size,), generator=generator)
-        i = torch.randint(schedule.config.num_train_timesteps, (training.batch_size,), generator=generator)
+        i = torch.randint(scheduler.config.num_train_timesteps, (training.batch_size,), generator=generator)
         noise = torch.randn(len(rows), *z.shape[1:], generator=generator)
-        loss = _denoising_loss(predict, condition_of(rows), schedule, z[rows], i, noise, dtype=base.dtype)
+        loss = _denoising_loss(predict, condition_of(rows), scheduler, z[rows], i, noise, dtype=base.dtype)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise TrainingError(f"the loss was {losses[-1]} at step {len(losses)}: try a lower lr than {training.lr:g}")
-        if on_step:
-            on_step(len(losses), training.steps)
-        if stop and len(losses) % stop.every == 0:
-            looks.append((len(losses), stop.look(base)))
-            back = stop.reached(looks[-1][1])
     return {"steps": len(losses), "back": back, "looks": looks, "losses": losses}
 
 
@@ -613,10 +570,9 @@ def relearning(
     drawing: Drawing,
     *,
     stop: Stop,
-    rank: int | None = 4,
+    rank: int = 4,
     layers: Layers = "full",
     training: Training = RELEARN,
-    on_step: OnStep | None = None,
 ) -> Attack:
     """The erased model fine-tuned until the concept is back: `details` say after how many steps, and what was seen on the way.
 
@@ -628,24 +584,22 @@ def relearning(
         examples: Pictures with their prompts.
         drawing: Prompts with the concept.
         stop: Sees whether the concept is back; its first look, before any step, may find it never gone.
-        rank: Of a fresh adapter beside what is attached; None trains all weights of the denoiser instead.
+        rank: Of a fresh adapter beside what is attached.
         layers: That the adapter is on.
-        training: Its steps at most; all weights of a large model want a rate of some 1e-5.
-        on_step: Called after each step.
+        training: Its steps at most.
 
     Raises:
-        RecipeError: The rank is out of bounds, a prompt has its blank still, or all weights are not in float32.
+        RecipeError: The rank is out of bounds, or a prompt has its blank still.
         BaseModelError: The base has no such layers.
         TrainingError: The loss is no longer a number.
     """
-    prompts, seed = _plain(examples.prompts), training.seed
-    trained = _all_weights(base) if rank is None else _second_adapter(base, layers=layers, rank=rank, seed=seed)
+    prompts = _plain(examples.prompts)
+    adapter = _second_adapter(base, layers=layers, rank=rank, seed=training.seed)
     base.pipe.to(base.device)
-    with _metered(base.denoiser) as meter, trained as parameters:
+    with _metered(base.denoiser) as meter, adapter as parameters:
         z = latents_of(base, examples.pictures)
         conditions = base.encode(prompts, resolution=drawing.resolution, guidance_scale=drawing.guidance_scale)
-        how: dict[str, Any] = {"stop": stop, "on_step": on_step, "predict": base.predict}
-        told = _fit(base, z, conditions.__getitem__, parameters, training, **how)
+        told = _fit(base, z, conditions.__getitem__, parameters, training, stop=stop, predict=base.predict)
         return meter.attack("relearning", drawing.draw(base), rank=rank, **told)
 
 
@@ -672,25 +626,6 @@ def _second_adapter(base: Base, *, layers: Layers, rank: int, seed: int) -> Iter
             base.denoiser.requires_grad_(False)  # which peft turns on for the adapters that are left
         else:
             base.remove_adapters()
-
-
-@contextmanager
-def _all_weights(base: Base) -> Iterator[list[nn.Parameter]]:
-    """Inside, the denoiser's own weights are trainable; afterwards they are what they were."""
-    if base.dtype != torch.float32:
-        raise RecipeError(
-            f"rank: training all weights instead of an adapter needs dtype fp32, and {base.name} is {base.dtype}"
-        )
-    weights = [p for n, p in base.denoiser.named_parameters() if "lora_" not in n]
-    before = [p.detach().to("cpu", copy=True) for p in weights]
-    try:
-        for parameter in weights:
-            parameter.requires_grad_(True)
-        yield weights
-    finally:
-        for parameter, value in zip(weights, before, strict=True):
-            parameter.requires_grad_(False).copy_(value)
-            parameter.grad = None
 
 
 # ---- soft words ---------------------------------------------------------------------------------------------
@@ -753,7 +688,6 @@ def inversion(
     training: Training = INVERT,
     stop: Stop | None = None,
     guard: Guard | None = None,
-    on_step: OnStep | None = None,
 ) -> Attack:
     """Pictures asked for with K soft words, trained until the erased model denoises pictures of the concept with them.
 
@@ -771,7 +705,6 @@ def inversion(
         training: Its seed is the start's, too.
         stop: Where training may end early; None takes all steps.
         guard: Of the pipeline that draws, to train through it: the words then denoise what it makes of their predictions.
-        on_step: Called after each step.
 
     Raises:
         RecipeError: A prompt has no blank or is too long, or the vocabulary has not so many words.
@@ -793,7 +726,7 @@ def inversion(
 
         trained = [e.requires_grad_() for e in soft.embeddings]
         predict = guard.around(base, drawing) if guard else base.predict
-        told = _fit(base, z, condition_of, trained, training, stop=stop, on_step=on_step, predict=predict)
+        told = _fit(base, z, condition_of, trained, training, stop=stop, predict=predict)
         return meter.attack("inversion", asked.draw(base), tokens=tokens, **told)
 
 
@@ -811,7 +744,6 @@ def prefix_search(
     steps: int = 20,
     lr: float = 1e-2,
     seed: int = 0,
-    on_step: OnStep | None = None,
 ) -> Attack:
     """Pictures of the prompts with K words before each, which make the erased model denoise a picture of the concept best.
 
@@ -833,7 +765,6 @@ def prefix_search(
         steps: At each timestep.
         lr: Of Adam.
         seed: Of the words drawn and of the noise.
-        on_step: Called after each prompt.
 
     Returns:
         The last picture of each prompt; `details` have the words, whether they succeeded, and the pictures drawn, by prompt.
@@ -864,8 +795,6 @@ def prefix_search(
             drawn += picture
             for name, value in (("words", tried[-1]), ("found", found), ("tries", len(tried))):
                 details[name].append(value)
-            if on_step:
-                on_step(len(drawn), len(drawing.prompts))
         return meter.attack("prefix search", drawn, **details)
 
 
@@ -884,12 +813,12 @@ def _likely_words(
     seed: int,
 ) -> Iterator[str]:
     """The likeliest words before one prompt, after the steps at each timestep."""
-    schedule, generator = _schedule(base), torch.Generator().manual_seed(seed)
+    scheduler, generator = base.scheduler, torch.Generator().manual_seed(seed)
     size = len(vocabulary.words)
     p = torch.full((len(stand_in.ids[0]), size), 1 / size, device=base.device)
     optimizer = torch.optim.Adam([p], lr=lr)
     for k in range(times):
-        i = torch.tensor([int((k + 0.5) / times * schedule.config.num_train_timesteps)])
+        i = torch.tensor([int((k + 0.5) / times * scheduler.config.num_train_timesteps)])
         for _ in range(steps):
             chosen = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(p.device)
             one_hot = F.one_hot(chosen, size).float().requires_grad_()
@@ -897,7 +826,7 @@ def _likely_words(
             with soft.active(base):
                 condition = encode_with_gradients(base, [f"{soft.words} {prompt}"], like)
             noise = torch.randn(z.shape, generator=generator)
-            loss = _denoising_loss(base.predict, condition, schedule, z, i, noise, dtype=base.dtype)
+            loss = _denoising_loss(base.predict, condition, scheduler, z, i, noise, dtype=base.dtype)
             (gradient,) = torch.autograd.grad(loss, one_hot)
             p.grad = gradient.clamp(-1, 1)
             optimizer.step()

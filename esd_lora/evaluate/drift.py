@@ -196,8 +196,8 @@ def latents_of(base: Base, pictures: Pictures) -> Tensor:
     return latents
 
 
-def noised(scheduler: Any, x_0: Tensor, noise: Tensor, *, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t as the network is given it, t (), and what the network should predict there.
+def noised(scheduler: Any, x_0: Tensor, noise: Tensor, *, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t as the network is given it, t as the level has it, () or (B,), and what the network should predict there.
 
         diffusion    x_t = α x_0 + σ ε,  α² = ᾱ_t,  σ² = 1 − ᾱ_t        ε, or v = α ε − σ x_0, or x_0
         flow         x_t = (1 − t) x_0 + t ε                            ε − x_0
@@ -207,16 +207,18 @@ def noised(scheduler: Any, x_0: Tensor, noise: Tensor, *, level: float) -> tuple
     Args:
         scheduler: Of a base; its config tells which prediction it is.
         x_0, noise: Latents and unit noise, each (B, C, H, W).
-        level: t in parts of the training timesteps, from 0 for the picture to below 1 for noise.
+        level: t in parts of the training timesteps, () or (B,), from 0 for the picture to below 1 for noise. A diffusion's t
+            are whole and rounded down, so that (i + 0.5) / count is the timestep i in float32 as well.
     """
     count, kind = scheduler.config.num_train_timesteps, scheduler.config.get("prediction_type", "flow_prediction")
     if kind == "flow_prediction":
-        return (1 - level) * x_0 + level * noise, torch.tensor(level * count, device=x_0.device), noise - x_0
-    t = int(level * count)
-    alpha_bar = scheduler.alphas_cumprod[t].item()
-    alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        sigma = level.to(x_0).view(-1, 1, 1, 1)
+        return (1 - sigma) * x_0 + sigma * noise, (level * count).to(x_0), noise - x_0
+    t = (level * count).long().to(x_0.device)
+    alpha_bar = scheduler.alphas_cumprod.to(x_0)[t].view(-1, 1, 1, 1)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     truth = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x_0, "sample": x_0}[kind]
-    return alpha * x_0 + sigma * noise, torch.tensor(t, device=x_0.device), truth
+    return alpha * x_0 + sigma * noise, t, truth
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,8 @@ def _excess(base: Base, conditions: Condition, rows: Tensor, x_0: Tensor, levels
         gaps = []
         for k in range(levels):
             noise = base.noise([FIRST_NOISE + levels * i + k for i in some.tolist()], resolution=resolution).float()
-            x_t, t, truth = noised(scheduler, x_0[some], noise, level=(k + 0.5) / levels)
+            level = torch.tensor((k + 0.5) / levels, dtype=torch.float64)  # 0.502 · 1000 is below 502 in float32
+            x_t, t, truth = noised(scheduler, x_0[some], noise, level=level)
             given = x_t.to(base.dtype), t.expand(len(x_t)), conditions[rows[some]]
             student = base.predict(*given)
             with base.teacher():

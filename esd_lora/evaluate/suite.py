@@ -521,8 +521,7 @@ def misspellings(words: str) -> list[str]:
 def _paraphrase(erasure: Erasure) -> list[Plan]:
     def asked(base: Base, drawing: Drawing, form: str) -> Outcome:
         fitting = replace(drawing, prompts=[_fitting(p, form) for p in drawing.prompts])
-        (attack,) = attacks.paraphrase(base, fitting, [form])
-        return Outcome(attack, fitting.asking(form))
+        return Outcome(attacks.paraphrase(base, fitting, form), fitting.asking(form))
 
     def best(forms: Callable[[Base], Sequence[str]], base: Base) -> Outcome:
         return _best(erasure, forms(base), asked, base, blank=True)
@@ -551,8 +550,7 @@ def _ring_a_bell(erasure: Erasure) -> list[Plan]:
         pairs = [(_filled(a.blank, one) if one else a.prompt, _filled(a.blank, other)) for (one, other), a in every]
 
         def asked(base: Base, drawing: Drawing, eta: float) -> Outcome:
-            (attack,) = attacks.ring_a_bell(base, drawing, pairs=pairs, etas=[eta])
-            return Outcome(attack, drawing)
+            return Outcome(attacks.ring_a_bell(base, drawing, pairs=pairs, eta=eta), drawing)
 
         return _best(erasure, ETAS, asked, base, blank=False)
 
@@ -598,8 +596,7 @@ def _completion(erasure: Erasure) -> list[Plan]:
         named = erasure.drawing("measured")
         # where the patches are attached, the unerased model is the same base without them
         unerased = None if base is erasure.base else erasure.base
-        (attack,) = attacks.completion(base, named, ks=[k], unerased=unerased)
-        return Outcome(attack, named)
+        return Outcome(attacks.completion(base, named, k=k, unerased=unerased), named)
 
     def plan(k: int) -> Plan:
         about = f"the unerased model draws the first {k} of {steps} steps"
@@ -721,8 +718,7 @@ def _relearning(erasure: Erasure) -> list[Plan]:
 def _scaling(erasure: Erasure) -> list[Plan]:
     def scaled(weight: float, base: Base) -> Outcome:
         named = erasure.drawing("measured")
-        (attack,) = attacks.scaling(base, named, weights=[weight])
-        return Outcome(attack, named)
+        return Outcome(attacks.scaling(base, named, weight=weight), named)
 
     return [
         erasure.plan(
