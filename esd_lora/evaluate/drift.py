@@ -10,7 +10,6 @@ Of a patch that does nothing every drift and gap is exactly 0.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
