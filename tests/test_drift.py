@@ -13,6 +13,7 @@ from conftest import same, weights_of
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -217,6 +218,11 @@ def test_kid_of_too_little_is_refused() -> None:
 
 
 # ---- the denoiser -----------------------------------------------------------------------------------------------
+
+
+def test_noise_of_another_kind_is_refused() -> None:
+    with pytest.raises(BaseModelError, match=r"^EDMEulerScheduler: has other noise"):
+        noised(EDMEulerScheduler(), normal(2, 4, 8, 8), normal(2, 4, 8, 8, seed=1), level=torch.tensor(0.5))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -22,7 +22,7 @@ from torch import Tensor
 from esd_lora.bases.base import Base, Condition
 from esd_lora.compose import attached
 from esd_lora.emoji.evaluators import Evaluator, to_array, to_tensor
-from esd_lora.errors import RecipeError
+from esd_lora.errors import BaseModelError, RecipeError
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures
 
@@ -208,11 +208,16 @@ def noised(scheduler: Any, x_0: Tensor, noise: Tensor, *, level: Tensor) -> tupl
         x_0, noise: Latents and unit noise, each (B, C, H, W).
         level: t in parts of the training timesteps, () or (B,), from 0 for the picture to below 1 for noise. A diffusion's t
             are whole and rounded down, so that (i + 0.5) / count is the timestep i in float32 as well.
+
+    Raises:
+        BaseModelError: The scheduler is of another kind, such as EDM's.
     """
     count, kind = scheduler.config.num_train_timesteps, scheduler.config.get("prediction_type", "flow_prediction")
     if kind == "flow_prediction":
         sigma = level.to(x_0).view(-1, 1, 1, 1)
         return (1 - sigma) * x_0 + sigma * noise, (level * count).to(x_0), noise - x_0
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise BaseModelError(f"{type(scheduler).__name__}: has other noise than models of ε, v or flows are trained on")
     t = (level * count).long().to(x_0.device)
     alpha_bar = scheduler.alphas_cumprod.to(x_0)[t].view(-1, 1, 1, 1)
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
