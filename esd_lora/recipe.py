@@ -127,7 +127,7 @@ class Recipe(BaseModel):
     init: Literal["differences", "random"] = Field(
         "differences",
         description="What lora_A starts from: `differences`, the directions in which the concept moves what a layer reads, or "
-        "`random` numbers, from which a patch learns later, and by luck: it depends on the seed.",
+        "`random` numbers, with which it depends on the seed whether a patch learns in time.",
     )
     objective: Literal["paper", "authors", "closed-form"] = Field(
         "paper",

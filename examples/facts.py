@@ -309,10 +309,11 @@ By `python examples/facts.py`, of what is in this folder. The list of facts is o
 asked is not: of F2 and F6 some answers were there before the script, and F4's *where it knows of them* was put into it after
 its first answer. The rules were made stricter since, and F1 and F6 were split into their halves.
 
-*More* and *fewer* mean that 95 % intervals lie apart, or for rates of the same targets (F1, F3, F8, rebound) that the interval
-of their differences lies on one side of 0; *high* is 90 %. *Not shown*: they do not, or averages are of fewer than five
-targets; figures of these are shares of all pictures together. F2, F4, F5 and F7 are of the single concepts that are named, one
-attack each, with intervals over its pictures: they hold of these if each shows it, F5 at the best of five steps.
+*More* and *fewer* mean that 95 % intervals lie apart, or for rates of the same targets (F1, F3, F8, rebound) that the
+interval of their differences lies on one side of 0; *high* is 90 %. *Not shown*: intervals overlap or hold 0, or
+averages are of fewer than five targets; figures of these are shares of all pictures together. F2, F4, F5 and F7 are of
+the single concepts that are named, one attack each, with intervals over its pictures: they hold of these if each shows
+it, F5 at the best of five steps.
 
 What is asked is not what was published. F2 is of our patches and of inversion, not of ESD and UnlearnDiffAtk, and asks for
 more, not for far more. F3 has what is kept in the place of quality. Of F4, SLD was trained through, without the momentum of

@@ -18,9 +18,10 @@ from esd_lora.patch import FILE_NAME, Patch, load_patch, write_file
 PAGE = Path(__file__).parent.parent / "docs" / "patches.md"
 HEAD = """# Patches of the embedded base
 
-By `python examples/patches.py`. Each is made by `esd-lora train` from the recipe of its name; *gone* is the share of pictures
-of the erased concept in which the evaluator does not find it, *kept* the shares of others of its kind and of the other kind
-that it does. Percent with 95 % Wilson intervals and the number of pictures, beside it the base's own.
+By `python examples/patches.py`. Each is made by `esd-lora train` from the recipe of its name; *gone* is the share of
+pictures of the erased concept in which the evaluator does not find it, *kept* the shares of others of its kind and of
+the other kind that it does. Percent with 95 % Wilson intervals and the number of pictures, beside it the base's own.
+*kB*: of a patch's numbers, beside which its file has a header.
 
 | patch | erases | layers | rank | kB | gone | others of its kind kept | the other kind kept | worst three kept |
 |---|---|---|---|---|---|---|---|---|
