@@ -583,9 +583,11 @@ def overlap(
     quiet: Quiet = False,
 ) -> None:
     """Tell what patches share before they are stacked: action on each other's concepts, and on other words."""
+    if out:
+        _check_new(out)
+    loaded = [_find(p) for p in patch]
     from esd_lora import overlap as overlaps
 
-    loaded = [_find(p) for p in patch]
     model = _base(base, revision=revision, device=device)
     with _progress("words", None, quiet=quiet) as step:
         found = overlaps.overlap(model, loaded, on_words=lambda n, of: step(n, None, of))
@@ -622,7 +624,7 @@ def merge(
 
 @app.command()
 def export(
-    patch: Reference,
+    patch: Annotated[str, typer.Argument(help="A patch or its Hub id, with an optional weight, as in P:0.5.")],
     to: Annotated[
         Literal["kohya", "comfyui", "a1111"], typer.Option(help="The program; all three read the same names.")
     ],
@@ -631,11 +633,16 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a patch as one file for kohya's scripts, ComfyUI or A1111, under the names that these read."""
-    loaded, _ = _patch(patch)
+    if out.suffix != ".safetensors":
+        raise OutputError(f"--out {out}: name a file that ends in .safetensors")
+    _check_new(out)
+    loaded, weight = _patch(patch)
     _quiet_libraries()
-    from esd_lora import exporting
+    from esd_lora import compose, exporting
 
-    file = exporting.export(loaded, _safetensors(out))
+    if weight != 1:
+        loaded = compose.stack([loaded], [weight])
+    file = exporting.export(loaded, out)
     _print({"file": str(file), "for": to, "layers": len(loaded.ranks), "erases": loaded.erases}, as_json=as_json)
     if not quiet:
         stderr.print(f"next: {exporting.NEXT[to].format(name=file.stem)}", style="dim", markup=False, soft_wrap=True)
@@ -796,15 +803,14 @@ def _quiet_hub(*, quiet: bool) -> None:
         huggingface_hub.utils.disable_progress_bars()
 
 
-def _safetensors(path: Path) -> Path:
-    """The path, if its name is that of such a file.
+def _check_new(path: Path) -> None:
+    """Nothing, if a file can be written there without another's loss.
 
     Raises:
-        OutputError: It is not.
+        OutputError: There is one already.
     """
-    if path.suffix != ".safetensors":
-        raise OutputError(f"--out {path}: name a file that ends in .safetensors")
-    return path
+    if path.exists():
+        raise OutputError(f"{path}: exists; choose another --out")
 
 
 PACKAGE = Path(esd_lora.__file__).parent

@@ -372,6 +372,8 @@ def test_overlap_prints_and_draws_what_patches_share(
     assert actions[0][0] > 0
     with Image.open(tmp_path / "shared.png") as picture:
         assert picture.format == "PNG"
+    again = call("overlap", *options)
+    assert (again.code, again.err) == (2, f"error: {tmp_path / 'shared.png'}: exists; choose another --out\n")
     assert "leaks to" in call("overlap", patch_folder, "--base", tiny_folder).out
 
 

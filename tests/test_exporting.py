@@ -423,3 +423,18 @@ def test_a_patch_goes_out_and_comes_back_on_the_command_line(
     assert not Path("xl").exists()
     name = call("export", "cat", "--to", "kohya", "--out", "cat.pt")
     assert (name.code, name.err) == (2, "error: --out cat.pt: name a file that ends in .safetensors\n")
+    taken = Path("cat.safetensors").read_bytes()
+    for place in ("cat.safetensors", f"cat/{FILE_NAME}"):
+        again = call("export", "cat:0.5", "--to", "kohya", "--out", place)
+        assert (again.code, again.err) == (2, f"error: {place}: exists; choose another --out\n")
+    assert Path("cat.safetensors").read_bytes() == taken
+
+
+def test_a_patch_goes_out_at_its_weight(call: Call) -> None:
+    patch = patch_for(SD15, "esd-x-strict")
+    patch.save("cat")
+    assert call("export", "cat:0.5", "--to", "kohya", "--out", "half.safetensors").code == 0
+    half = import_lora(Path("half.safetensors"), SD15)[0]
+    factors = {"lora_A": 1.0, "lora_B": 0.5}
+    assert same(half.tensors, {k: v * factors[k.split(".")[-2]] for k, v in patch.tensors.items()})
+    assert half.info["stack"][0]["weight"] == 0.5
