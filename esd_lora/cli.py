@@ -231,7 +231,7 @@ def generate(
 ) -> None:
     """Make pictures with a base and any patches: the same seeds give the same noise with and without."""
     _check_alone()
-    _check_prompts(prompt)
+    _check_words(prompt, "--prompt")
     loaded = _patches(patch or [])
     from esd_lora import pictures
     from esd_lora.compose import attach
@@ -439,7 +439,7 @@ def study(
     _check_alone()
     if not (base and prompt and patch):
         raise RecipeError("name --base, --patch and --prompt to write a study, or --score to score one")
-    _check_prompts(prompt)
+    _check_words(prompt, "--prompt")
     patches = {text: _patch(text) for text in patch}
     from esd_lora import study as studies
     from esd_lora.patch import check_empty
@@ -508,6 +508,7 @@ def attack(
     _check_alone()
     if base != "emoji" and not (answers and evaluator):
         raise RecipeError(f"--base {base}: give --answers and --evaluator; emoji alone comes with its own")
+    _check_words(concept or [], "--concept")
     from esd_lora.evaluate import comparing, suite
     from esd_lora.recipe import parse_overrides
 
@@ -748,8 +749,8 @@ def pull(
     _quiet_hub(quiet=quiet)
     from esd_lora import hub
 
-    name, _, revision = repo.partition("@")
-    made = hub.pull(name, out, revision=revision or None)
+    name, revision = hub.named(repo)
+    made = hub.pull(name, out, revision=revision)
     _print({"patch": str(out), **_facts(made)}, as_json=as_json)
 
 
@@ -795,10 +796,9 @@ def _message(patch: str) -> str:
 
 
 def _quiet_hub(*, quiet: bool) -> None:
-    """Keep the hub's notices off the screen, and its progress bars where there is no terminal or nobody looks."""
+    """Keep the hub's progress bars off the screen, where it is no terminal or nobody looks."""
     import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()
     if quiet or not stderr.is_terminal:
         huggingface_hub.utils.disable_progress_bars()
 
@@ -873,14 +873,14 @@ def _check_alone() -> None:
         )
 
 
-def _check_prompts(prompts: list[str]) -> None:
-    """Nothing, if each says something.
+def _check_words(words: list[str], option: str) -> None:
+    """Nothing, if all that an option was given says something.
 
     Raises:
-        RecipeError: One does not.
+        RecipeError: Some does not.
     """
-    if not all(p.strip() for p in prompts):
-        raise RecipeError("--prompt: must not be empty")
+    if not all(w.strip() for w in words):
+        raise RecipeError(f"{option}: must not be empty")
 
 
 def _patches(texts: list[str], *, out: Path | None = None) -> tuple[list[Patch], list[float]]:
@@ -944,12 +944,18 @@ def _place(reference: str) -> Path:
     return place_of(reference)
 
 
-def _base(name: str, **how: Any) -> Base:
-    """The base model, with the libraries silent from now on; see `load_base`."""
+def _base(name: str, *, revision: str | None = None, **how: Any) -> Base:
+    """The base model, with the libraries silent from now on; see `load_base`.
+
+    Raises:
+        RecipeError: A revision of a base that has none.
+    """
+    if revision and (name == "emoji" or Path(name).exists()):
+        raise RecipeError(f"{name}: has no revisions, as a base on the Hub has; leave revision {revision} out")
     _quiet_libraries()
     from esd_lora.bases import load_base
 
-    return load_base(name, **how)
+    return load_base(name, revision=revision, **how)
 
 
 def _facts(patch: Patch | Outline) -> dict[str, Any]:
@@ -1044,14 +1050,12 @@ def _by_batch(step: Callable[..., None]) -> Callable[[int], None]:
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices off the screen."""
+    """Keep the libraries' own progress bars off the screen."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     import diffusers
 
-    diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
 
 
@@ -1063,6 +1067,8 @@ def main() -> None:
             stderr.print(f"warning: {message}", markup=False)
 
     warnings.showwarning = show_warning
+    for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read as they are imported
     if os.environ.get("RANK", "0") != "0":  # one of several processes, of which the first alone speaks
         stderr.quiet, sys.stdout = True, Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -1080,7 +1086,8 @@ def main() -> None:
         stderr.print(f"interrupted{on}", markup=False, soft_wrap=True)
         sys.exit(code)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not loaded for a line of help
+        # torch's, which is not loaded for a line of help; on a CPU it has no class of its own
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
         hint = "try a smaller --batch-size or --resolution, or --dtype bf16"
         stderr.print(f"error: the device is out of memory: {hint}", markup=False, soft_wrap=True)

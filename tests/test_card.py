@@ -251,6 +251,17 @@ def test_a_dry_run_shows_everything_and_asks_nothing(hub: FakeHub, call: Call, p
     assert data["bytes"][FILE_NAME] == len(files_of("cat", repo="alice/cat")[FILE_NAME])
     assert data["card"] == make_card(load_patch("cat"), Path("cat"), repo="alice/cat")
     assert "# cat, erased from" in call("push", "cat", "alice/cat", "--dry-run").out
+    for name in ("cat", "alice/cat/dog", "al ice/cat", "", "alice/cat@v2", "alice/cat:0.5"):
+        wrong = call("push", "cat", name, "--dry-run")
+        message = f"error: {name}: a repository is called user/name; a branch is given by --revision\n"
+        assert (wrong.code, wrong.err) == (2, message)
+    for command, name, right in (
+        ("pull", "cat", "a repository is called user/name"),
+        ("pull", "alice/cat@", "the revision after @ is missing"),
+        ("show", "alice/cat@", "the revision after @ is missing"),
+    ):
+        wrong = call(command, name, *(["--out", "out"] if command == "pull" else []))
+        assert (wrong.code, wrong.err) == (2, f"error: {name}: {right}\n")
     assert not hub.requests
 
 

@@ -468,7 +468,8 @@ def one_error(result: Result, message: str) -> None:
         (["--device", "toaster"], "unknown device toaster; this machine has "),
         (["--device", "cuda:99"], "no device cuda:99 here; this machine has "),
         (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
-        (["--base", "some/where"], "some/where: no such folder; model_index.json is not on the Hub, or not in"),
+        (["--base", "some/where"], "some/where: no such folder; the Hub cannot be reached, and model_index.json"),
+        (["--set", "revision=v2"], "{tiny}: has no revisions, as a base on the Hub has; leave revision v2 out"),
         (["--base", "{worlds}/photos"], "{worlds}/photos: no model_index.json in this folder"),
         (["--base", "{worlds}/file"], "{worlds}/file: not a safetensors file: "),
         (["--base", "{worlds}/sana"], "{worlds}/sana: SanaPipeline is not supported; supported: Stable"),
@@ -485,7 +486,7 @@ def test_train_refuses_in_one_line_and_leaves_nothing(
     given = [a.format(worlds=worlds) for a in arguments]
     # an option that is given twice counts as it was given last
     result = call("train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--out", "out", *given)
-    one_error(result, message.format(worlds=worlds))
+    one_error(result, message.format(worlds=worlds, tiny=tiny_folder))
     assert list(Path().iterdir()) == []
     assert sorted(worlds.rglob("*")) == before
 
@@ -631,6 +632,23 @@ def test_a_device_that_is_out_of_memory_is_a_failure_in_one_line(
     hint = "try a smaller --batch-size or --resolution, or --dtype bf16"
     assert (told.code, told.out, told.err) == (1, "", f"error: the device is out of memory: {hint}\n")
     assert not Path("pictures").exists()
+
+
+def test_a_cpu_that_is_out_of_memory_is_a_failure_in_one_line(call: Call, tiny_folder: Path) -> None:
+    wanted = ["--prompt", "a cat", "-n", 1, "--steps", 1, "--resolution", 10**8]
+    told = call("generate", "--base", tiny_folder, *wanted, "--out", "pictures", "--quiet")
+    assert (told.code, told.out, told.err.count("\n")) == (1, "", 1)
+    assert told.err.startswith("error: the device is out of memory: ")
+
+
+def test_libraries_do_not_speak_beside_the_line_that_says_what_is_wrong(patch_folder: Path) -> None:
+    environ = {k: v for k, v in os.environ.items() if not k.endswith("_VERBOSITY")}
+    for command in ("fuse", "generate"):
+        given = [str(patch_folder)] if command == "fuse" else ["--prompt", "a cat"]
+        words = [sys.executable, "-m", "esd_lora", command, *given, "--base", "nowhere", "--out", "out"]
+        done = subprocess.run(words, check=False, capture_output=True, text=True, env=environ)
+        told = "error: nowhere: neither `emoji`, nor a folder or file, nor a Hub id\n"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")

@@ -466,14 +466,18 @@ def erasure_of(
         words: Names of the concept, beside those that the patches tell.
 
     Raises:
-        RecipeError, BaseModelError: See `questions`, `judge_of` and `Erasure`.
+        RecipeError, BaseModelError: See `questions`, `judge_of` and `Erasure`; or the base cannot draw pictures of this size,
+            or in so many steps.
     """
+    budget = budget or Budget()
+    base.latent_shape(budget.sampling.resolution)
+    base.check_steps(budget.sampling.steps, name="steps", resolution=budget.sampling.resolution)
     erased = {"recipe": {"concepts": [c for p in patches for c in p.concepts]}}
     asked = questions(base.name, Patch({}, erased), answers, target=target)
     judge = judge_of(evaluator, asked, device=str(base.device))
     target = target_of(asked, source=answers or base.name)
     names = names_of(patches, target.label, words=words)
-    how: dict[str, Any] = {"gold": gold, "merged": merged, "budget": budget or Budget()}
+    how: dict[str, Any] = {"gold": gold, "merged": merged, "budget": budget}
     if judge.name == "emoji":
         names += {**OBJECTS, **STYLES}.get(target.label, ())
         # its prompts say "style" after every word for one
