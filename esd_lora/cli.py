@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -232,6 +232,9 @@ def generate(
     """Make pictures with a base and any patches: the same seeds give the same noise with and without."""
     _check_alone()
     _check_words(prompt, "--prompt")
+    for name in (*(f"{k:04d}.png" for k in range(n * len(prompt))), "grid.png"):
+        _check_new(out / name)
+    _warn_of_repeats(patch or [])
     loaded = _patches(patch or [])
     from esd_lora import pictures
     from esd_lora.compose import attach
@@ -294,23 +297,25 @@ def plan(
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None, as_json: Json = False) -> None:
     """List the shipped recipes, or print one."""
-    from esd_lora.recipe import read_recipe
+    from esd_lora.recipe import make_recipe, read_recipe
 
-    if name:
+    if name is not None:
         path = _shipped(name)
         values = read_recipe(path)
+        make_recipe(values, source=str(path))
         if as_json:
             _print(values, as_json=True)
         else:
             print(path.read_text(encoding="utf-8"), end="")  # noqa: T201
         return
-    found = {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in sorted(RECIPES.rglob("*.yaml"))}
-    heads = {k: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for k, p in found.items()}
+    found = {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in RECIPES.rglob("*.yaml")}
+    heads = {k: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for k, p in sorted(found.items())}
     _print(heads, as_json=as_json)
 
 
 @app.command("eval")
 def evaluate(
+    ctx: typer.Context,
     base: OnBase,
     patch: Annotated[list[str], typer.Option("--patch", help="A patch's folder, file or Hub id; repeat for several.")],
     out: Annotated[
@@ -358,6 +363,7 @@ def evaluate(
     On the embedded base nothing more is needed; other bases want --answers, --evaluator and --out. Without --out scores and
     a grid are written into the folder of a patch that is one.
     """
+    _warn_of_repeats(patch)
     loaded = {p: _find(p) for p in patch}
     how: dict[str, Any] = {"target_seeds": target_seeds, "kept_seeds": kept_seeds}
     _quiet_libraries()
@@ -384,14 +390,16 @@ def evaluate(
             _show(rate_table(points_of(make_report(found))))
             _print({"page": str(out / "report.html")}, as_json=False)
         return
+    measured = ("base", "patch", "target_seeds", "kept_seeds", "device", "dtype", "as_json", "quiet")
+    if others := _given(ctx, but=measured):
+        raise RecipeError(f"{', '.join(others)}: only with --out, for a report")
+    if base != "emoji":
+        from esd_lora.bases.facts import facts_of
+
+        facts_of(base)  # whether it is one
+        raise RecipeError(f"--base {base}: give --answers, --evaluator and --out; emoji alone is measured without")
     from esd_lora.report import measure_patches, score_table
 
-    of_reports = (answers, target, clip_score, against, gold, weight, revision, resolution)
-    if base != "emoji" or any(of_reports) or (evaluator, steps, guidance_scale, batch_size) != ("emoji", 20, 7.5, 32):
-        raise RecipeError(
-            "--answers, --target, --evaluator, --clip-score, --against, --gold, --weight, --steps, --guidance-scale, "
-            "--resolution, --batch-size, --revision and bases other than emoji need --out, for a report"
-        )
     model = _base(base, device=device, dtype=dtype)
     with _progress("evaluate", None, quiet=quiet) as step:
         scores = measure_patches(model, loaded, on_picture=lambda n, of: step(n, None, of), **how)
@@ -412,6 +420,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Has a report.json and th
 
 @app.command()
 def study(
+    ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Of the study: index.html for readers, key.json for you alone.")],
     base: BaseName = None,
     patch: Patches = None,
@@ -419,8 +428,8 @@ def study(
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt by each method.")] = 4,
     reference: Annotated[Path | None, typer.Option(help="A picture to compare with.")] = None,
     ask: Annotated[
-        str, typer.Option(help="The question.")
-    ] = "How similar is the picture to the style of the reference?",
+        str | None, typer.Option(help="The question. Default: how similar it is to the style of the reference.")
+    ] = None,
     title: Annotated[str, typer.Option(help="Over the page.")] = "Which pictures are alike?",
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the pictures, and of their order.")] = 0,
     batch_size: BatchSize = 8,
@@ -432,6 +441,8 @@ def study(
 ) -> None:
     """Write a page on which people rate pictures with and without patches, blinded; or score their answers."""
     if score:
+        if others := _given(ctx, but=("score", "as_json", "quiet")):
+            raise RecipeError(f"--score: scores a study that has been drawn; leave {', '.join(others)} out")
         from esd_lora.study import score_study
 
         _print({k: vars(v) for k, v in score_study(folder / "key.json", score).items()}, as_json=as_json)
@@ -439,7 +450,10 @@ def study(
     _check_alone()
     if not (base and prompt and patch):
         raise RecipeError("name --base, --patch and --prompt to write a study, or --score to score one")
+    if not (ask or reference):
+        raise RecipeError("name --reference, a picture to compare with, or --ask another question")
     _check_words(prompt, "--prompt")
+    _warn_of_repeats(patch)
     patches = {text: _patch(text) for text in patch}
     from esd_lora import study as studies
     from esd_lora.patch import check_empty
@@ -452,7 +466,7 @@ def study(
         how: dict[str, Any] = {"n": n, "seed": seed, "reference": shown, "batch_size": batch_size}
         how["on_batch"] = _by_batch(step)
         questions = studies.draw_questions(model, patches, prompt, **how)
-    page = studies.write_study(folder, questions=questions, seed=seed, title=title, ask=ask)
+    page = studies.write_study(folder, questions=questions, seed=seed, title=title, ask=ask or studies.ASK)
     _print({"page": str(page), "key": str(folder / "key.json"), "pictures": len(questions)}, as_json=as_json)
 
 
@@ -516,6 +530,7 @@ def attack(
     budget = suite.budget_of(
         n, quick=quick, sampling=sampling, batch_size=batch_size, numbers=parse_overrides(numbers or [])
     )
+    _warn_of_repeats(patch)
     loaded = _patches(patch)
     how: dict[str, Any] = {"answers": answers, "evaluator": evaluator or "emoji", "words": concept or ()}
     how["target"] = _target(target)
@@ -825,7 +840,7 @@ def _shipped(name: str) -> Path:
         RecipeError: There is neither.
     """
     path, shipped = Path(name), RECIPES / f"{name}.yaml"
-    if path.exists() or path.suffix in (".yaml", ".yml"):
+    if (name and path.exists()) or path.suffix in (".yaml", ".yml"):
         return path
     if shipped.is_file():
         return shipped
@@ -883,6 +898,19 @@ def _check_words(words: list[str], option: str) -> None:
         raise RecipeError(f"{option}: must not be empty")
 
 
+def _warn_of_repeats(patches: list[str]) -> None:
+    """Nothing; a warning for each patch that is named more than once."""
+    for text in dict.fromkeys(p for p in patches if patches.count(p) > 1):
+        warnings.warn(f"--patch {text}: is given more than once", stacklevel=2)
+
+
+def _given(ctx: typer.Context, *, but: Sequence[str]) -> list[str]:
+    """The options that were given on the command line, as they are written there, without those of the parameters in `but`."""
+    options = [p for p in ctx.command.params if p.param_type_name == "option" and p.name and p.name not in but]
+    sources = {p.opts[0]: ctx.get_parameter_source(str(p.name)) for p in options}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+
+
 def _patches(texts: list[str], *, out: Path | None = None) -> tuple[list[Patch], list[float]]:
     """Patches and their weights, from `path` or `path:weight` each; before anything heavy is loaded to make `out` of them.
 
@@ -913,6 +941,8 @@ def _patch(text: str) -> tuple[Patch, float]:
         value = math.nan
     if not math.isfinite(value):
         raise PatchError(f"{text}: the weight after the colon must be a number, got {weight!r}")
+    if (first := Path(path.rpartition(":")[0])).name and first.exists():
+        raise PatchError(f"{text}: has two weights; write one, as in {first}:0.5")
     return _find(path), value
 
 
@@ -935,7 +965,13 @@ def _find(reference: str) -> Patch:
 
 
 def _place(reference: str) -> Path:
-    """Where the patch of a reference is: a folder, a file, or what the Hub has under that name."""
+    """Where the patch of a reference is: a folder, a file, or what the Hub has under that name.
+
+    Raises:
+        PatchError: It is empty.
+    """
+    if not reference.strip():
+        raise PatchError("the name of a patch must not be empty")
     if Path(reference).exists():
         return Path(reference)
     _quiet_hub(quiet=False)

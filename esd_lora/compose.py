@@ -44,8 +44,11 @@ def check_fits(patch: Patch, base: Base) -> None:
         if shape != have:
             raise PatchError(f"the patch (made for {made_for}) has {name} of {shape}; in {base.name} it is {have}")
     if origin.get("fingerprint") not in (None, base.fingerprint):
+        own = origin.get("name") == base.name
+        others = f"other weights than those of {base.name} here" if own else made_for
+        differ = "" if own else f", and the weights of {base.name} differ"
         warnings.warn(
-            f"the patch was made for {origin.get('name')}, and the weights of {base.name} differ; "
+            f"the patch was made for {others}{differ}; "
             "patches often carry over to relatives of a base, but look at the pictures",
             stacklevel=2,
         )
@@ -150,7 +153,7 @@ def in_use(patches: Sequence[Patch], weights: Sequence[float] | None = None) -> 
     """
     used = [(p, w) for p, w in zip(patches, _weights_of(patches, weights), strict=True) if w]
     if not used:
-        raise PatchError("nothing to stack: name at least one patch with a weight other than 0")
+        raise PatchError("no patch is left: name at least one with a weight other than 0")
     return [p for p, _ in used], [w for _, w in used]
 
 

@@ -236,6 +236,10 @@ def test_generate_makes_the_same_noise_with_and_without_a_patch(
     call(*common, "--out", "with", "--seed", 5, "--patch", patch_folder)
     first = {name: Path(name, "0000.png").read_bytes() for name in ("without", "zero", "with")}
     assert first["zero"] == first["without"] != first["with"]
+    one_error(call(*common, "--out", "with"), "with/0000.png: exists; choose another --out")
+    assert Path("with", "0000.png").read_bytes() == first["with"]
+    twice = call(*common, "-n", 1, "--out", "twice", "--patch", f"{patch_folder}:0", "--patch", f"{patch_folder}:0")
+    assert (twice.code, "".join(twice.err.split())) == (0, f"warning:--patch{patch_folder}:0:isgivenmorethanonce")
 
 
 def test_show_tells_what_a_patch_is(call: Call, patch_folder: Path) -> None:
@@ -293,6 +297,7 @@ def test_recipes_are_listed_and_printed(call: Call) -> None:
     heads = json.loads(call("recipes", "--json").out)
     assert len(heads) >= 13
     assert all(heads.values())
+    assert list(heads) == sorted(heads)
     name = next(iter(heads))
     printed = call("recipes", name)
     assert printed.out == (cli.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
@@ -300,6 +305,9 @@ def test_recipes_are_listed_and_printed(call: Call) -> None:
     assert "base" in json.loads(call("recipes", name, "--json").out)
     Path("latin.yaml").write_bytes("concepts: Käfer".encode("latin-1"))
     one_error(call("recipes", "latin.yaml"), "latin.yaml: cannot read the recipe: not a text file")
+    Path("odd.yaml").write_text("base: emoji\nconcepts: cat\nrnak: 3")
+    one_error(call("recipes", "odd.yaml"), "odd.yaml: rnak: unknown key; did you mean rank?")
+    one_error(call("recipes", ""), ": no such file and no shipped recipe; `esd-lora recipes` lists them")
 
 
 # ---- several patches -------------------------------------------------------------------------------------------------
@@ -320,7 +328,10 @@ def test_stack_writes_one_patch_with_its_error_where_compressed(call: Call, patc
     ("options", "message"),
     [
         (["{patch}", "--rank", "0"], "rank: a patch can be compressed to a rank of 1 or more, got 0"),
-        (["{patch}:0"], "nothing to stack: name at least one patch with a weight other than 0"),
+        (["{patch}:0"], "no patch is left: name at least one with a weight other than 0"),
+        (["{patch}:0.5:0.5"], "{patch}:0.5:0.5: has two weights; write one, as in {patch}:0.5"),
+        ([""], "the name of a patch must not be empty"),
+        ([":0.5"], "the name of a patch must not be empty"),
         (["{patch}:nan"], "{patch}:nan: the weight after the colon must be a number, got 'nan'"),
         (
             ["nowhere"],
@@ -358,7 +369,7 @@ def test_eval_refuses_a_weight(call: Call, patch_folder: Path) -> None:
 def test_stack_never_overwrites_a_patch(call: Call, patch_folder: Path) -> None:
     before = (patch_folder / FILE_NAME).read_bytes()
     result = call("stack", patch_folder, "--out", patch_folder)
-    assert (result.code, result.err.strip()) == (2, f"error: {patch_folder}: not empty; choose another --out")
+    assert (result.code, result.err.strip()) == (2, f"error: {patch_folder}: not empty; choose another folder")
     assert (patch_folder / FILE_NAME).read_bytes() == before
 
 
@@ -410,7 +421,7 @@ def test_fuse_writes_one_patch(call: Call, patch_folder: Path, tiny_folder: Path
     result = call("fuse", patch_folder, "--base", tiny_folder, "--out", tmp_path / "fused", "--json")
     assert (result.code, json.loads(result.out)["erases"]) == (0, ["cat"])
     again = call("fuse", patch_folder, "--base", tiny_folder, "--out", tmp_path / "fused")
-    assert (again.code, "not empty; choose another --out" in again.err) == (2, True)
+    assert (again.code, "not empty; choose another folder" in again.err) == (2, True)
 
 
 def test_merge_writes_a_pipeline_and_only_once(
@@ -476,6 +487,7 @@ def one_error(result: Result, message: str) -> None:
         (["--base", "{worlds}/broken"], "{worlds}/broken: cannot load the pipeline: "),
         (["--base", "{worlds}/no-attention"], "{worlds}/no-attention: layers esd-x match nothing in the denoiser"),
         (["--out", "{worlds}/file/out"], "{worlds}/file/out: cannot write: Not a directory"),
+        (["--out", "{worlds}/file"], "{worlds}/file: is a file; name a folder"),
         (["--out", "{worlds}/photos/../sana"], "{worlds}/photos/../sana: not empty, and holds no run"),
     ],
 )
@@ -580,6 +592,11 @@ def test_a_patch_of_other_weights_is_warned_of_in_one_line(call: Call, patch: Pa
     assert result.code == 0
     assert "".join(result.err.split()).startswith("warning:thepatchwasmadeforsd15,andtheweightsofbasediffer;")
     assert "UserWarning" not in result.err
+    replace(patch, info={**patch.info, "base": {"name": "base", "fingerprint": "0"}}).save("patch")
+    result = call(
+        "generate", "--base", "base", "--prompt", "a", "--patch", "patch", "-n", 1, "--steps", 2, "--out", "p"
+    )
+    assert "".join(result.err.split()).startswith("warning:thepatchwasmadeforotherweightsthanthoseofbasehere;")
 
 
 def test_show_refuses_what_is_no_patch(call: Call) -> None:

@@ -282,8 +282,8 @@ def test_what_cannot_be_stacked_is_refused(patch: Patch, other: Patch) -> None:
     name = next(iter(patch.ranks))
     wide = replace(patch, tensors={**patch.tensors, f"{name}.lora_A.weight": torch.ones(2, 64)})
     cases: list[tuple[list[Patch], list[float] | None, str]] = [
-        ([], None, "nothing to stack: name at least one patch with a weight other than 0"),
-        ([patch], [0.0], "nothing to stack: name at least one patch with a weight other than 0"),
+        ([], None, "no patch is left: name at least one with a weight other than 0"),
+        ([patch], [0.0], "no patch is left: name at least one with a weight other than 0"),
         ([patch], [float("nan")], "a weight must be a finite number, got nan"),
         ([patch, other], [1.0], "2 patches and 1 weights; give one weight for each patch"),
     ]

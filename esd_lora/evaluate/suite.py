@@ -461,7 +461,7 @@ def erasure_of(
     Args:
         base, patches, weights, gold, merged, budget: As `Erasure` has them.
         answers: The file of an answer set; by default that of the first concept of the patches, on the embedded base.
-        target: What was erased, instead of what the file says.
+        target: What was erased, where the file does not say.
         evaluator: See `load_evaluator_by_name`; where it is emoji's, emoji's filter judges for attackers.
         words: Names of the concept, beside those that the patches tell.
 
