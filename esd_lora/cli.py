@@ -76,7 +76,10 @@ From = Annotated[str | None, typer.Option("--from", help="Erase the concept from
 ReplaceWith = Annotated[str | None, typer.Option(help="Draw this instead of the concept.")]
 MOST = 1e6  # what is not a number of a guidance scale, infinity, is above it
 AGAINST = "sld, negative-prompt, separate-negative, filter, esd-x, esd-u, leco, uce."
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of a recipe.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any field of a recipe; docs/recipe.md lists them."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -219,7 +222,7 @@ def generate(
     patch: Patches = None,
     revision: Revision = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next ones count up.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the first picture; the next count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(min=1, max=MOST, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
@@ -340,14 +343,18 @@ def evaluate(
         ),
     ] = None,
     gold: Annotated[Path | None, typer.Option(help="A base trained without the concept, to compare with.")] = None,
-    weight: Annotated[list[float] | None, typer.Option(help="Of the patches; repeat for a curve. Default: 1.")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of all patches; repeat for a curve. Default: 1.")
+    ] = None,
     target_seeds: Annotated[
         int | None, typer.Option(min=1, help="Pictures of each cell of the erased concept. Default: 200 in all.")
     ] = None,
     kept_seeds: Annotated[int, typer.Option(min=1, help="Pictures of every other cell.")] = 2,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of a report's pictures.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(min=0, max=MOST, help="Of a report's pictures.")] = 7.5,
-    resolution: Annotated[int | None, typer.Option(min=8, help="Of a report's pictures. Default: the base's.")] = None,
+    guidance_scale: Annotated[float, typer.Option(min=0, max=MOST, help="Guidance of a report's pictures.")] = 7.5,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="Side of a report's pictures in pixels. Default: the base's.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures of a report at a time.")] = 32,
     revision: Revision = None,
     device: DeviceName = None,
@@ -430,8 +437,8 @@ def study(
     ask: Annotated[
         str | None, typer.Option(help="The question. Default: how similar it is to the style of the reference.")
     ] = None,
-    title: Annotated[str, typer.Option(help="Over the page.")] = "Which pictures are alike?",
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the pictures, and of their order.")] = 0,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Which pictures are alike?",
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the pictures and of their order.")] = 0,
     batch_size: BatchSize = 8,
     score: Annotated[list[Path] | None, typer.Option(help="A reader's answers, CSV: score the study instead.")] = None,
     revision: Revision = None,
@@ -626,10 +633,10 @@ def merge(
     base: OnBase,
     out: Annotated[Path, typer.Option(help="Folder for the merged pipeline.")],
     revision: Revision = None,
-    dtype: DTypeName = "fp32",
+    dtype: Annotated[Precision, typer.Option(help="Precision of the denoiser that is written.")] = "fp32",
     as_json: Json = False,
 ) -> None:
-    """Write the base with patches in its weights for good, as a pipeline that needs neither us nor peft."""
+    """Write the base with patches in its weights for good, as a pipeline that needs neither esd_lora nor peft."""
     loaded = _patches(patch, out=out)
     from esd_lora import merging
 
@@ -697,7 +704,7 @@ def card(
         str | None,
         typer.Option("--base", help="Draw pictures before and after with this base, for the card's gallery."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the pictures, the same for every prompt.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the pictures, for every prompt.")] = 0,
     revision: Revision = None,
     device: DeviceName = None,
     as_json: Json = False,
@@ -722,7 +729,7 @@ def card(
 def push(
     patch: Annotated[str, typer.Argument(help="A patch's folder or file.")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="For you alone.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of writing.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to write to; made if it is not there.")] = None,
     commit_message: Annotated[str | None, typer.Option(help="Default: what the patch erases.")] = None,

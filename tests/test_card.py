@@ -107,6 +107,12 @@ def test_a_person_reads_scores_recipe_limits_and_licence(patch: Patch) -> None:
     assert "esd-lora stack alice/cat ANOTHER:0.5" in card
     assert patch.digest in card
     assert "Not measured." in make_card(patch)
+    again = "`esd-lora train recipe.yaml` makes it anew. The patch's tensors"
+    assert again in card
+    without = {k: v for k, v in patch.info.items() if k != "recipe"}
+    for other in (replace(patch, info=without), stack([patch])):
+        assert "makes it anew" not in make_card(other)
+        assert "\nThe patch's tensors have the SHA-256" in make_card(other)
     with pytest.raises(PatchError, match="the scores in the patch's header are not what `eval` writes"):
         make_card(replace(patch, info={**patch.info, "scores": [{"ua": 1}]}))
 

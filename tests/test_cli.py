@@ -555,8 +555,8 @@ def test_a_folder_that_holds_another_run_is_left_as_it_was(call: Call, tiny_fold
         (["--device", "toaster"], "unknown device toaster; this machine has "),
         (
             ["--base", "{worlds}/no-attention", "--patch", "{patch}"],
-            "the patch (made for {tiny}) adapts unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k, "
-            "which {worlds}/no-attention does not have",
+            "the patch that erases cat (made for {tiny}) adapts "
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k, which {worlds}/no-attention does not have",
         ),
         (["--out", "{worlds}/file/out"], "{worlds}/file/out/0000.png: cannot write: Not a directory"),
     ],

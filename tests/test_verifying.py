@@ -194,7 +194,8 @@ def test_a_patch_for_other_weights_or_other_layers_of_emoji_is_named(measured: P
     name = "unet.nowhere.to_k"
     tensors = {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(3, 1)}
     found = verify(str(shared(replace(measured, tensors=tensors), tmp_path / "b")), device="cpu")
-    assert wrong(found) == {"base": "the patch (made for emoji) adapts unet.nowhere.to_k, which emoji does not have"}
+    told = "the patch that erases cat (made for emoji) adapts unet.nowhere.to_k, which emoji does not have"
+    assert wrong(found) == {"base": told}
     assert not found.claims
 
 
