@@ -819,10 +819,10 @@ def _message(patch: str) -> str:
 
 def _quiet_hub(*, quiet: bool) -> None:
     """Keep the hub's progress bars off the screen, where it is no terminal or nobody looks."""
-    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
 
     if quiet or not stderr.is_terminal:
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
 
 
 def _check_new(path: Path) -> None:

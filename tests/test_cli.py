@@ -658,14 +658,21 @@ def test_a_cpu_that_is_out_of_memory_is_a_failure_in_one_line(call: Call, tiny_f
     assert told.err.startswith("error: the device is out of memory: ")
 
 
-def test_libraries_do_not_speak_beside_the_line_that_says_what_is_wrong(patch_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fuse", "{patch}", "--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
+        (["merge", "{patch}", "--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
+        (["pull", "cat"], "cat: a repository is called user/name"),
+    ],
+)
+def test_libraries_do_not_speak_beside_the_line_that_says_what_is_wrong(
+    words: list[str], told: str, patch_folder: Path
+) -> None:
     environ = {k: v for k, v in os.environ.items() if not k.endswith("_VERBOSITY")}
-    for command in ("fuse", "generate"):
-        given = [str(patch_folder)] if command == "fuse" else ["--prompt", "a cat"]
-        words = [sys.executable, "-m", "esd_lora", command, *given, "--base", "nowhere", "--out", "out"]
-        done = subprocess.run(words, check=False, capture_output=True, text=True, env=environ)
-        told = "error: nowhere: neither `emoji`, nor a folder or file, nor a Hub id\n"
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
+    command = [sys.executable, "-m", "esd_lora", *(w.format(patch=patch_folder) for w in words), "--out", "out"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
