@@ -100,6 +100,7 @@ def make_card(patch: Patch, folder: Path | None = None, *, repo: str | None = No
         evidence=evidence,
         parts=[{"erases": Patch({}, p).erases, **p} for p in parts],
         recipes=[recipe_text(r) for r in recipes],
+        trained="base" in patch.info.get("recipe", {}),
         digest=patch.digest,
         licence=_licence(base),
     )

@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -76,7 +76,10 @@ From = Annotated[str | None, typer.Option("--from", help="Erase the concept from
 ReplaceWith = Annotated[str | None, typer.Option(help="Draw this instead of the concept.")]
 MOST = 1e6  # what is not a number of a guidance scale, infinity, is above it
 AGAINST = "sld, negative-prompt, separate-negative, filter, esd-x, esd-u, leco, uce."
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of a recipe.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any field of a recipe; docs/recipe.md lists them."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -219,7 +222,7 @@ def generate(
     patch: Patches = None,
     revision: Revision = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next ones count up.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the first picture; the next count up.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(min=1, max=MOST, help="Classifier-free guidance.")] = 7.5,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side in pixels. Default: the base's own.")] = None,
@@ -231,7 +234,10 @@ def generate(
 ) -> None:
     """Make pictures with a base and any patches: the same seeds give the same noise with and without."""
     _check_alone()
-    _check_prompts(prompt)
+    _check_words(prompt, "--prompt")
+    for name in (*(f"{k:04d}.png" for k in range(n * len(prompt))), "grid.png"):
+        _check_new(out / name)
+    _warn_of_repeats(patch or [])
     loaded = _patches(patch or [])
     from esd_lora import pictures
     from esd_lora.compose import attach
@@ -294,23 +300,25 @@ def plan(
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None, as_json: Json = False) -> None:
     """List the shipped recipes, or print one."""
-    from esd_lora.recipe import read_recipe
+    from esd_lora.recipe import make_recipe, read_recipe
 
-    if name:
+    if name is not None:
         path = _shipped(name)
         values = read_recipe(path)
+        make_recipe(values, source=str(path))
         if as_json:
             _print(values, as_json=True)
         else:
             print(path.read_text(encoding="utf-8"), end="")  # noqa: T201
         return
-    found = {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in sorted(RECIPES.rglob("*.yaml"))}
-    heads = {k: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for k, p in found.items()}
+    found = {p.relative_to(RECIPES).with_suffix("").as_posix(): p for p in RECIPES.rglob("*.yaml")}
+    heads = {k: p.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for k, p in sorted(found.items())}
     _print(heads, as_json=as_json)
 
 
 @app.command("eval")
 def evaluate(
+    ctx: typer.Context,
     base: OnBase,
     patch: Annotated[list[str], typer.Option("--patch", help="A patch's folder, file or Hub id; repeat for several.")],
     out: Annotated[
@@ -335,14 +343,18 @@ def evaluate(
         ),
     ] = None,
     gold: Annotated[Path | None, typer.Option(help="A base trained without the concept, to compare with.")] = None,
-    weight: Annotated[list[float] | None, typer.Option(help="Of the patches; repeat for a curve. Default: 1.")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of all patches; repeat for a curve. Default: 1.")
+    ] = None,
     target_seeds: Annotated[
         int | None, typer.Option(min=1, help="Pictures of each cell of the erased concept. Default: 200 in all.")
     ] = None,
     kept_seeds: Annotated[int, typer.Option(min=1, help="Pictures of every other cell.")] = 2,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of a report's pictures.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(min=0, max=MOST, help="Of a report's pictures.")] = 7.5,
-    resolution: Annotated[int | None, typer.Option(min=8, help="Of a report's pictures. Default: the base's.")] = None,
+    guidance_scale: Annotated[float, typer.Option(min=0, max=MOST, help="Guidance of a report's pictures.")] = 7.5,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="Side of a report's pictures in pixels. Default: the base's.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures of a report at a time.")] = 32,
     revision: Revision = None,
     device: DeviceName = None,
@@ -358,6 +370,7 @@ def evaluate(
     On the embedded base nothing more is needed; other bases want --answers, --evaluator and --out. Without --out scores and
     a grid are written into the folder of a patch that is one.
     """
+    _warn_of_repeats(patch)
     loaded = {p: _find(p) for p in patch}
     how: dict[str, Any] = {"target_seeds": target_seeds, "kept_seeds": kept_seeds}
     _quiet_libraries()
@@ -384,14 +397,16 @@ def evaluate(
             _show(rate_table(points_of(make_report(found))))
             _print({"page": str(out / "report.html")}, as_json=False)
         return
+    measured = ("base", "patch", "target_seeds", "kept_seeds", "device", "dtype", "as_json", "quiet")
+    if others := _given(ctx, but=measured):
+        raise RecipeError(f"{', '.join(others)}: only with --out, for a report")
+    if base != "emoji":
+        from esd_lora.bases.facts import facts_of
+
+        facts_of(base)  # whether it is one
+        raise RecipeError(f"--base {base}: give --answers, --evaluator and --out; emoji alone is measured without")
     from esd_lora.report import measure_patches, score_table
 
-    of_reports = (answers, target, clip_score, against, gold, weight, revision, resolution)
-    if base != "emoji" or any(of_reports) or (evaluator, steps, guidance_scale, batch_size) != ("emoji", 20, 7.5, 32):
-        raise RecipeError(
-            "--answers, --target, --evaluator, --clip-score, --against, --gold, --weight, --steps, --guidance-scale, "
-            "--resolution, --batch-size, --revision and bases other than emoji need --out, for a report"
-        )
     model = _base(base, device=device, dtype=dtype)
     with _progress("evaluate", None, quiet=quiet) as step:
         scores = measure_patches(model, loaded, on_picture=lambda n, of: step(n, None, of), **how)
@@ -412,6 +427,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Has a report.json and th
 
 @app.command()
 def study(
+    ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Of the study: index.html for readers, key.json for you alone.")],
     base: BaseName = None,
     patch: Patches = None,
@@ -419,10 +435,10 @@ def study(
     n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt by each method.")] = 4,
     reference: Annotated[Path | None, typer.Option(help="A picture to compare with.")] = None,
     ask: Annotated[
-        str, typer.Option(help="The question.")
-    ] = "How similar is the picture to the style of the reference?",
-    title: Annotated[str, typer.Option(help="Over the page.")] = "Which pictures are alike?",
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the pictures, and of their order.")] = 0,
+        str | None, typer.Option(help="The question. Default: how similar it is to the style of the reference.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Which pictures are alike?",
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the pictures and of their order.")] = 0,
     batch_size: BatchSize = 8,
     score: Annotated[list[Path] | None, typer.Option(help="A reader's answers, CSV: score the study instead.")] = None,
     revision: Revision = None,
@@ -432,6 +448,8 @@ def study(
 ) -> None:
     """Write a page on which people rate pictures with and without patches, blinded; or score their answers."""
     if score:
+        if others := _given(ctx, but=("score", "as_json", "quiet")):
+            raise RecipeError(f"--score: scores a study that has been drawn; leave {', '.join(others)} out")
         from esd_lora.study import score_study
 
         _print({k: vars(v) for k, v in score_study(folder / "key.json", score).items()}, as_json=as_json)
@@ -439,7 +457,10 @@ def study(
     _check_alone()
     if not (base and prompt and patch):
         raise RecipeError("name --base, --patch and --prompt to write a study, or --score to score one")
-    _check_prompts(prompt)
+    if not (ask or reference):
+        raise RecipeError("name --reference, a picture to compare with, or --ask another question")
+    _check_words(prompt, "--prompt")
+    _warn_of_repeats(patch)
     patches = {text: _patch(text) for text in patch}
     from esd_lora import study as studies
     from esd_lora.patch import check_empty
@@ -452,7 +473,7 @@ def study(
         how: dict[str, Any] = {"n": n, "seed": seed, "reference": shown, "batch_size": batch_size}
         how["on_batch"] = _by_batch(step)
         questions = studies.draw_questions(model, patches, prompt, **how)
-    page = studies.write_study(folder, questions=questions, seed=seed, title=title, ask=ask)
+    page = studies.write_study(folder, questions=questions, seed=seed, title=title, ask=ask or studies.ASK)
     _print({"page": str(page), "key": str(folder / "key.json"), "pictures": len(questions)}, as_json=as_json)
 
 
@@ -508,6 +529,7 @@ def attack(
     _check_alone()
     if base != "emoji" and not (answers and evaluator):
         raise RecipeError(f"--base {base}: give --answers and --evaluator; emoji alone comes with its own")
+    _check_words(concept or [], "--concept")
     from esd_lora.evaluate import comparing, suite
     from esd_lora.recipe import parse_overrides
 
@@ -515,6 +537,7 @@ def attack(
     budget = suite.budget_of(
         n, quick=quick, sampling=sampling, batch_size=batch_size, numbers=parse_overrides(numbers or [])
     )
+    _warn_of_repeats(patch)
     loaded = _patches(patch)
     how: dict[str, Any] = {"answers": answers, "evaluator": evaluator or "emoji", "words": concept or ()}
     how["target"] = _target(target)
@@ -583,9 +606,11 @@ def overlap(
     quiet: Quiet = False,
 ) -> None:
     """Tell what patches share before they are stacked: action on each other's concepts, and on other words."""
+    if out:
+        _check_new(out)
+    loaded = [_find(p) for p in patch]
     from esd_lora import overlap as overlaps
 
-    loaded = [_find(p) for p in patch]
     model = _base(base, revision=revision, device=device)
     with _progress("words", None, quiet=quiet) as step:
         found = overlaps.overlap(model, loaded, on_words=lambda n, of: step(n, None, of))
@@ -608,10 +633,10 @@ def merge(
     base: OnBase,
     out: Annotated[Path, typer.Option(help="Folder for the merged pipeline.")],
     revision: Revision = None,
-    dtype: DTypeName = "fp32",
+    dtype: Annotated[Precision, typer.Option(help="Precision of the denoiser that is written.")] = "fp32",
     as_json: Json = False,
 ) -> None:
-    """Write the base with patches in its weights for good, as a pipeline that needs neither us nor peft."""
+    """Write the base with patches in its weights for good, as a pipeline that needs neither esd_lora nor peft."""
     loaded = _patches(patch, out=out)
     from esd_lora import merging
 
@@ -622,7 +647,7 @@ def merge(
 
 @app.command()
 def export(
-    patch: Reference,
+    patch: Annotated[str, typer.Argument(help="A patch or its Hub id, with an optional weight, as in P:0.5.")],
     to: Annotated[
         Literal["kohya", "comfyui", "a1111"], typer.Option(help="The program; all three read the same names.")
     ],
@@ -631,11 +656,16 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a patch as one file for kohya's scripts, ComfyUI or A1111, under the names that these read."""
-    loaded, _ = _patch(patch)
+    if out.suffix != ".safetensors":
+        raise OutputError(f"--out {out}: name a file that ends in .safetensors")
+    _check_new(out)
+    loaded, weight = _patch(patch)
     _quiet_libraries()
-    from esd_lora import exporting
+    from esd_lora import compose, exporting
 
-    file = exporting.export(loaded, _safetensors(out))
+    if weight != 1:
+        loaded = compose.stack([loaded], [weight])
+    file = exporting.export(loaded, out)
     _print({"file": str(file), "for": to, "layers": len(loaded.ranks), "erases": loaded.erases}, as_json=as_json)
     if not quiet:
         stderr.print(f"next: {exporting.NEXT[to].format(name=file.stem)}", style="dim", markup=False, soft_wrap=True)
@@ -674,7 +704,7 @@ def card(
         str | None,
         typer.Option("--base", help="Draw pictures before and after with this base, for the card's gallery."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the pictures, the same for every prompt.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the pictures, for every prompt.")] = 0,
     revision: Revision = None,
     device: DeviceName = None,
     as_json: Json = False,
@@ -699,7 +729,7 @@ def card(
 def push(
     patch: Annotated[str, typer.Argument(help="A patch's folder or file.")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="For you alone.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of writing.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to write to; made if it is not there.")] = None,
     commit_message: Annotated[str | None, typer.Option(help="Default: what the patch erases.")] = None,
@@ -741,8 +771,8 @@ def pull(
     _quiet_hub(quiet=quiet)
     from esd_lora import hub
 
-    name, _, revision = repo.partition("@")
-    made = hub.pull(name, out, revision=revision or None)
+    name, revision = hub.named(repo)
+    made = hub.pull(name, out, revision=revision)
     _print({"patch": str(out), **_facts(made)}, as_json=as_json)
 
 
@@ -788,23 +818,21 @@ def _message(patch: str) -> str:
 
 
 def _quiet_hub(*, quiet: bool) -> None:
-    """Keep the hub's notices off the screen, and its progress bars where there is no terminal or nobody looks."""
-    import huggingface_hub
+    """Keep the hub's progress bars off the screen, where it is no terminal or nobody looks."""
+    from huggingface_hub.utils import disable_progress_bars
 
-    huggingface_hub.logging.set_verbosity_error()
     if quiet or not stderr.is_terminal:
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
 
 
-def _safetensors(path: Path) -> Path:
-    """The path, if its name is that of such a file.
+def _check_new(path: Path) -> None:
+    """Nothing, if a file can be written there without another's loss.
 
     Raises:
-        OutputError: It is not.
+        OutputError: There is one already.
     """
-    if path.suffix != ".safetensors":
-        raise OutputError(f"--out {path}: name a file that ends in .safetensors")
-    return path
+    if path.exists():
+        raise OutputError(f"{path}: exists; choose another --out")
 
 
 PACKAGE = Path(esd_lora.__file__).parent
@@ -819,7 +847,7 @@ def _shipped(name: str) -> Path:
         RecipeError: There is neither.
     """
     path, shipped = Path(name), RECIPES / f"{name}.yaml"
-    if path.exists() or path.suffix in (".yaml", ".yml"):
+    if (name and path.exists()) or path.suffix in (".yaml", ".yml"):
         return path
     if shipped.is_file():
         return shipped
@@ -867,14 +895,27 @@ def _check_alone() -> None:
         )
 
 
-def _check_prompts(prompts: list[str]) -> None:
-    """Nothing, if each says something.
+def _check_words(words: list[str], option: str) -> None:
+    """Nothing, if all that an option was given says something.
 
     Raises:
-        RecipeError: One does not.
+        RecipeError: Some does not.
     """
-    if not all(p.strip() for p in prompts):
-        raise RecipeError("--prompt: must not be empty")
+    if not all(w.strip() for w in words):
+        raise RecipeError(f"{option}: must not be empty")
+
+
+def _warn_of_repeats(patches: list[str]) -> None:
+    """Nothing; a warning for each patch that is named more than once."""
+    for text in dict.fromkeys(p for p in patches if patches.count(p) > 1):
+        warnings.warn(f"--patch {text}: is given more than once", stacklevel=2)
+
+
+def _given(ctx: typer.Context, *, but: Sequence[str]) -> list[str]:
+    """The options that were given on the command line, as they are written there, without those of the parameters in `but`."""
+    options = [p for p in ctx.command.params if p.param_type_name == "option" and p.name and p.name not in but]
+    sources = {p.opts[0]: ctx.get_parameter_source(str(p.name)) for p in options}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 def _patches(texts: list[str], *, out: Path | None = None) -> tuple[list[Patch], list[float]]:
@@ -907,6 +948,8 @@ def _patch(text: str) -> tuple[Patch, float]:
         value = math.nan
     if not math.isfinite(value):
         raise PatchError(f"{text}: the weight after the colon must be a number, got {weight!r}")
+    if (first := Path(path.rpartition(":")[0])).name and first.exists():
+        raise PatchError(f"{text}: has two weights; write one, as in {first}:0.5")
     return _find(path), value
 
 
@@ -929,7 +972,13 @@ def _find(reference: str) -> Patch:
 
 
 def _place(reference: str) -> Path:
-    """Where the patch of a reference is: a folder, a file, or what the Hub has under that name."""
+    """Where the patch of a reference is: a folder, a file, or what the Hub has under that name.
+
+    Raises:
+        PatchError: It is empty.
+    """
+    if not reference.strip():
+        raise PatchError("the name of a patch must not be empty")
     if Path(reference).exists():
         return Path(reference)
     _quiet_hub(quiet=False)
@@ -938,12 +987,18 @@ def _place(reference: str) -> Path:
     return place_of(reference)
 
 
-def _base(name: str, **how: Any) -> Base:
-    """The base model, with the libraries silent from now on; see `load_base`."""
+def _base(name: str, *, revision: str | None = None, **how: Any) -> Base:
+    """The base model, with the libraries silent from now on; see `load_base`.
+
+    Raises:
+        RecipeError: A revision of a base that has none.
+    """
+    if revision and (name == "emoji" or Path(name).exists()):
+        raise RecipeError(f"{name}: has no revisions, as a base on the Hub has; leave revision {revision} out")
     _quiet_libraries()
     from esd_lora.bases import load_base
 
-    return load_base(name, **how)
+    return load_base(name, revision=revision, **how)
 
 
 def _facts(patch: Patch | Outline) -> dict[str, Any]:
@@ -1038,14 +1093,12 @@ def _by_batch(step: Callable[..., None]) -> Callable[[int], None]:
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices off the screen."""
+    """Keep the libraries' own progress bars off the screen."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     import diffusers
 
-    diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
 
 
@@ -1057,6 +1110,8 @@ def main() -> None:
             stderr.print(f"warning: {message}", markup=False)
 
     warnings.showwarning = show_warning
+    for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read as they are imported
     if os.environ.get("RANK", "0") != "0":  # one of several processes, of which the first alone speaks
         stderr.quiet, sys.stdout = True, Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -1074,7 +1129,8 @@ def main() -> None:
         stderr.print(f"interrupted{on}", markup=False, soft_wrap=True)
         sys.exit(code)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not loaded for a line of help
+        # torch's, which is not loaded for a line of help; on a CPU it has no class of its own
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
         hint = "try a smaller --batch-size or --resolution, or --dtype bf16"
         stderr.print(f"error: the device is out of memory: {hint}", markup=False, soft_wrap=True)

@@ -36,19 +36,27 @@ def check_fits(patch: Patch, base: Base) -> None:
     modules = base.denoiser.named_modules(prefix=base.prefix)
     layers = {n.replace(".base_layer", ""): tuple(m.weight.shape) for n, m in modules if isinstance(m, nn.Linear)}
     origin = patch.info.get("base", {})
-    made_for = origin.get("name", "another base")
     for name, shape in patch.shapes.items():
         have = layers.get(name)
         if have is None:
-            raise PatchError(f"the patch (made for {made_for}) adapts {name}, which {base.name} does not have")
+            raise PatchError(f"{_title(patch)} adapts {name}, which {base.name} does not have")
         if shape != have:
-            raise PatchError(f"the patch (made for {made_for}) has {name} of {shape}; in {base.name} it is {have}")
+            raise PatchError(f"{_title(patch)} has {name} of {shape}; in {base.name} it is {have}")
     if origin.get("fingerprint") not in (None, base.fingerprint):
+        own = origin.get("name") == base.name
+        others = f"other weights than those of {base.name} here" if own else origin.get("name")
+        differ = "" if own else f", and the weights of {base.name} differ"
         warnings.warn(
-            f"the patch was made for {origin.get('name')}, and the weights of {base.name} differ; "
+            f"the patch was made for {others}{differ}; "
             "patches often carry over to relatives of a base, but look at the pictures",
             stacklevel=2,
         )
+
+
+def _title(patch: Patch) -> str:
+    """What messages call a patch."""
+    erases = f" that erases {patch.erases}" if patch.erases else ""
+    return f"the patch{erases} (made for {patch.info.get('base', {}).get('name', 'another base')})"
 
 
 def concepts_of(patch: Patch) -> list[Concept]:
@@ -150,7 +158,7 @@ def in_use(patches: Sequence[Patch], weights: Sequence[float] | None = None) -> 
     """
     used = [(p, w) for p, w in zip(patches, _weights_of(patches, weights), strict=True) if w]
     if not used:
-        raise PatchError("nothing to stack: name at least one patch with a weight other than 0")
+        raise PatchError("no patch is left: name at least one with a weight other than 0")
     return [p for p, _ in used], [w for _, w in used]
 
 
@@ -192,11 +200,9 @@ def _check_stackable(patches: Sequence[Patch]) -> None:
     for patch in patches:
         made_for = patch.info.get("base", {}).get("name", "an unknown base")
         for name, shape in patch.shapes.items():
-            first, other = shapes.setdefault(name, (shape, made_for))
+            first, other = shapes.setdefault(name, (shape, _title(patch)))
             if shape != first:
-                raise PatchError(
-                    f"{name} is {shape} in a patch made for {made_for}, and {first} in one made for {other}"
-                )
+                raise PatchError(f"{name} is {shape} in {_title(patch)}, and {first} in {other}")
         for concept in dict.fromkeys(c["erase"] for c in patch.concepts):
             if concept in concepts:
                 warnings.warn(f"{concept} is erased by more than one of the patches", stacklevel=3)

@@ -187,6 +187,8 @@ def import_lora(
         RecipeError: A word of `erase` cannot be a concept.
         BaseModelError: The base is not found, or of no known family.
     """
+    if file.is_dir():
+        raise PatchError(f"{file}: is a folder; name the .safetensors file in it")
     if not file.is_file():
         raise PatchError(f"{file}: no such file; name the .safetensors file of another program")
     named = make_recipe({"base": base, "concepts": list(erase)}, source="--erase").to_dict() if erase else {}
@@ -194,9 +196,9 @@ def import_lora(
     layers, left_out = _sorted_out(file, store.entries, layers_of(base, revision))
     if left_out and not partial:
         kind = "text encoder" if _TEXT.match(left_out[0]) else "convolution, or not in the base"
+        hint = "without them it would be another LoRA; --partial imports the rest" if layers else "there are no others"
         raise PatchError(
-            f"{file}: adapts {len(left_out)} layers that a patch does not hold, first {left_out[0]} ({kind}); without them it "
-            "would be another LoRA; --partial imports the rest"
+            f"{file}: adapts {len(left_out)} layers that a patch does not hold, first {left_out[0]} ({kind}); {hint}"
         )
     if not layers:
         raise PatchError(f"{file}: none of its layers is one of {base}")

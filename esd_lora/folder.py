@@ -31,6 +31,8 @@ def locked(out: Path) -> Iterator[None]:
     """
     made = [p for p in (out, *out.parents) if not p.exists()]
     lock = FileLock(out / LOCK, timeout=0)
+    if out.is_file():
+        raise OutputError(f"{out}: is a file; name a folder")
     try:
         try:
             out.mkdir(parents=True, exist_ok=True)

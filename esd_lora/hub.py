@@ -73,10 +73,34 @@ def find_patch(reference: str) -> Patch:
 
 def place_of(reference: str) -> Path:
     """Where the patch of a reference is: the path itself, or in the hub's cache; see `find_patch`."""
-    match = REFERENCE.fullmatch(reference)
-    if Path(reference).exists() or match is None:
+    like_one = REFERENCE.fullmatch(reference.removesuffix("@"))
+    if Path(reference).exists() or like_one is None:
         return Path(reference)
-    return download(match["repo"], match["revision"])
+    return download(*named(reference))
+
+
+def named(reference: str) -> tuple[str, str | None]:
+    """Repository and revision, of `user/name` or `user/name@revision`.
+
+    Raises:
+        RepositoryError: It is neither.
+    """
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
+        missing = REFERENCE.fullmatch(reference.removesuffix("@"))
+        right = "the revision after @ is missing" if missing else "a repository is called user/name"
+        raise RepositoryError(f"{reference}: {right}")
+    return match["repo"], match["revision"]
+
+
+def check_name(repo: str) -> None:
+    """Nothing, if a repository can be called so.
+
+    Raises:
+        RepositoryError: It cannot.
+    """
+    if not REFERENCE.fullmatch(repo) or "@" in repo:
+        raise RepositoryError(f"{repo}: a repository is called user/name; a branch is given by --revision")
 
 
 def download(repo: str, revision: str | None = None, *, file: str = FILE_NAME) -> Path:
@@ -144,9 +168,11 @@ def files_of(place: str | Path, *, repo: str) -> dict[str, bytes]:
 
     Raises:
         PatchError: It is broken, or its list of pictures is.
+        RepositoryError: No repository can be called so.
     """
     from esd_lora.card import evidence_of, for_others, make_card, pairs_of, recipe_text
 
+    check_name(repo)
     patch, place = load_patch(place), Path(place)
     patch = Patch(patch.tensors, for_others(patch.info))
     folder = place if place.is_dir() else None
@@ -190,8 +216,7 @@ def push(
         RepositoryError: Not logged in, no right to write there, or the repository holds something else.
         HubError: The Hub cannot be reached, or fails; nothing is published, and the next push goes on from there.
     """
-    if not REFERENCE.fullmatch(repo) or "@" in repo:
-        raise RepositoryError(f"{repo}: a repository is called user/name; a branch is given by --revision")
+    check_name(repo)
     api = HfApi(library_name="esd_lora", library_version=esd_lora.__version__)
     with explained(repo, revision):
         if not (create_pr and api.repo_exists(repo)):

@@ -288,11 +288,13 @@ def check_empty(out: Path) -> None:
         OutputError: It is a file, or a folder that holds anything.
     """
     try:
-        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out}: is a file; name a folder")
+        taken = out.exists() and any(out.iterdir())
     except OSError as error:
         raise OutputError(f"{out}: cannot read: {error.strerror or error}") from error
     if taken:
-        raise OutputError(f"{out}: not empty; choose another --out")
+        raise OutputError(f"{out}: not empty; choose another folder")
 
 
 def load_patch(path: str | Path) -> Patch:
@@ -432,7 +434,9 @@ def _check_entries(file: Path, entries: Mapping[str, Entry]) -> None:
         raise PatchError(f"{file}: holds no tensors")
     prefixes = sorted({name.split(".", 1)[0] for name in entries})
     if len(prefixes) > 1 or prefixes[0] not in PREFIXES:
-        raise PatchError(f"{file}: adapts {' and '.join(prefixes[:3])}; a patch adapts {' or '.join(PREFIXES)} alone")
+        hint = "; `esd-lora import` makes a patch of such a file" if prefixes[0].startswith("lora_") else ""
+        adapted = " and ".join(prefixes[:3])
+        raise PatchError(f"{file}: adapts {adapted}; a patch adapts {' or '.join(PREFIXES)} alone{hint}")
     for name, entry in entries.items():
         kind = ".lora_A." if ".lora_A." in name else ".lora_B."
         other = entries.get(name.replace(kind, ".lora_B." if kind == ".lora_A." else ".lora_A."))

@@ -93,7 +93,10 @@ def read_picture(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # the latter two are Pillow's of some broken PNGs
-        raise OutputError(f"{path}: not a picture that can be read") from error
+        reason = (
+            "is a folder" if path.is_dir() else "not a picture that can be read" if path.exists() else "no such file"
+        )
+        raise OutputError(f"{path}: {reason}") from error
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

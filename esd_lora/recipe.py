@@ -195,6 +195,9 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Recipe:
+        for i, concept in enumerate(self.concepts):
+            if concept in self.concepts[:i]:
+                raise ValueError(f"concepts: {concept.erase!r} comes twice")
         if self.warmup_steps and self.lr_schedule == "constant":
             raise ValueError("warmup_steps: lr_schedule constant has no warm-up; use constant_with_warmup")
         if self.keys == "closed-form" and self.layers == "esd-u":

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 COLUMNS = ["reader", "item", "answer", "milliseconds"]
 SCALE = 5
 """The highest answer; the lowest is 1."""
+ASK = "How similar is the picture to the style of the reference?"
 BARE = "base"
 """The method that is the base alone."""
 
@@ -72,7 +73,7 @@ def write_study(
     questions: Sequence[Question],
     seed: int,
     title: str,
-    ask: str = "How similar is the picture to the style of the reference?",
+    ask: str = ASK,
     ends: tuple[str, str] = ("not at all", "very similar"),
     introduction: str = "There are no right answers: say what you see, and do not think long.",
     side: int = 512,
@@ -255,9 +256,10 @@ def read_answers(path: Path, items: Mapping[str, Item]) -> Iterator[Answer]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before what they save
             lines = list(csv.reader(file))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the answers: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{path}: cannot read the answers: {reason}") from error
+    except csv.Error as error:
         raise UserError(f"{path}: not a CSV file: {error}") from error
     if not lines or lines[0] != COLUMNS:
         raise UserError(f"{path}, line 1: the columns must be {','.join(COLUMNS)}")

@@ -202,8 +202,10 @@ def _check_base(patch: Patch, base: Base) -> Check:
 def _check_layers(patch: Patch) -> Check:
     """Whether the base's configs have the patch's layers, where they can be had."""
     name, revision = (patch.info.get("base", {}).get(k) for k in ("name", "revision"))
+    if name is None:
+        return Check("base", None, "the patch names no base")
     try:
-        have = layers_of(str(name), revision)
+        have = layers_of(name, revision)
     except BaseModelError as error:
         return Check("base", None, str(error))
     wrong = [n for n, shape in patch.shapes.items() if have.get(n) != shape]

@@ -179,6 +179,15 @@ def test_a_target_that_is_named_makes_the_groups_of_a_csv() -> None:
     assert problem(path, target=Target(kind="style", label="ink")) == expected
 
 
+def test_a_target_that_is_not_the_files_own_is_refused() -> None:
+    path = saved(
+        "set.yaml", "target: {kind: object, label: church}\nprompts: [{prompt: x, wanted: {object: church}}]\n"
+    )
+    assert read_answers(path, target=CHURCH) == read_answers(path)
+    expected = "set.yaml: its target is object:church; leave --target object:dog out"
+    assert problem(path, target=Target(kind="object", label="dog")) == expected
+
+
 def test_seeds_follow_from_the_prompt_whatever_the_order() -> None:
     entries = [{"prompt": p, "seeds": 3} for p in ("a cat", "a dog", "ein Bär")]
     there, back = (read_answers(saved("a.yaml", {"prompts": some})) for some in (entries, entries[::-1]))
@@ -296,7 +305,7 @@ def test_what_is_no_text_and_what_is_not_there_are_told_apart() -> None:
     Path("a.csv").write_bytes(b"prompt\n\xff\n")
     assert problem(Path("a.csv")) == "a.csv: cannot read the answer set: not a text file"
     Path("a.yaml").write_bytes(b"\xff")
-    assert problem(Path("a.yaml")) == "a.yaml: not YAML: cannot be read"
+    assert problem(Path("a.yaml")) == "a.yaml: cannot read the answer set: not a text file"
 
 
 def test_of_a_wrong_column_not_every_row_is_shown() -> None:

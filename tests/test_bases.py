@@ -265,7 +265,7 @@ def test_a_base_loaded_from_disk_is_the_pipeline_that_was_saved(base: Base, tiny
         ("some one/a:b", "some one/a:b: neither `emoji`, nor a folder or file, nor a Hub id"),
         (
             "someone/missing",
-            "someone/missing: no such folder; model_index.json is not on the Hub, or not in the cache while offline",
+            "someone/missing: no such folder; the Hub cannot be reached, and model_index.json is not in the cache",
         ),
         ("empty", "empty: no model_index.json in this folder, so it is not a diffusers pipeline"),
         (

@@ -107,6 +107,12 @@ def test_a_person_reads_scores_recipe_limits_and_licence(patch: Patch) -> None:
     assert "esd-lora stack alice/cat ANOTHER:0.5" in card
     assert patch.digest in card
     assert "Not measured." in make_card(patch)
+    again = "`esd-lora train recipe.yaml` makes it anew. The patch's tensors"
+    assert again in card
+    without = {k: v for k, v in patch.info.items() if k != "recipe"}
+    for other in (replace(patch, info=without), stack([patch])):
+        assert "makes it anew" not in make_card(other)
+        assert "\nThe patch's tensors have the SHA-256" in make_card(other)
     with pytest.raises(PatchError, match="the scores in the patch's header are not what `eval` writes"):
         make_card(replace(patch, info={**patch.info, "scores": [{"ua": 1}]}))
 
@@ -251,6 +257,17 @@ def test_a_dry_run_shows_everything_and_asks_nothing(hub: FakeHub, call: Call, p
     assert data["bytes"][FILE_NAME] == len(files_of("cat", repo="alice/cat")[FILE_NAME])
     assert data["card"] == make_card(load_patch("cat"), Path("cat"), repo="alice/cat")
     assert "# cat, erased from" in call("push", "cat", "alice/cat", "--dry-run").out
+    for name in ("cat", "alice/cat/dog", "al ice/cat", "", "alice/cat@v2", "alice/cat:0.5"):
+        wrong = call("push", "cat", name, "--dry-run")
+        message = f"error: {name}: a repository is called user/name; a branch is given by --revision\n"
+        assert (wrong.code, wrong.err) == (2, message)
+    for command, name, right in (
+        ("pull", "cat", "a repository is called user/name"),
+        ("pull", "alice/cat@", "the revision after @ is missing"),
+        ("show", "alice/cat@", "the revision after @ is missing"),
+    ):
+        wrong = call(command, name, *(["--out", "out"] if command == "pull" else []))
+        assert (wrong.code, wrong.err) == (2, f"error: {name}: {right}\n")
     assert not hub.requests
 
 

@@ -236,6 +236,10 @@ def test_generate_makes_the_same_noise_with_and_without_a_patch(
     call(*common, "--out", "with", "--seed", 5, "--patch", patch_folder)
     first = {name: Path(name, "0000.png").read_bytes() for name in ("without", "zero", "with")}
     assert first["zero"] == first["without"] != first["with"]
+    one_error(call(*common, "--out", "with"), "with/0000.png: exists; choose another --out")
+    assert Path("with", "0000.png").read_bytes() == first["with"]
+    twice = call(*common, "-n", 1, "--out", "twice", "--patch", f"{patch_folder}:0", "--patch", f"{patch_folder}:0")
+    assert (twice.code, "".join(twice.err.split())) == (0, f"warning:--patch{patch_folder}:0:isgivenmorethanonce")
 
 
 def test_show_tells_what_a_patch_is(call: Call, patch_folder: Path) -> None:
@@ -293,6 +297,7 @@ def test_recipes_are_listed_and_printed(call: Call) -> None:
     heads = json.loads(call("recipes", "--json").out)
     assert len(heads) >= 13
     assert all(heads.values())
+    assert list(heads) == sorted(heads)
     name = next(iter(heads))
     printed = call("recipes", name)
     assert printed.out == (cli.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
@@ -300,6 +305,9 @@ def test_recipes_are_listed_and_printed(call: Call) -> None:
     assert "base" in json.loads(call("recipes", name, "--json").out)
     Path("latin.yaml").write_bytes("concepts: Käfer".encode("latin-1"))
     one_error(call("recipes", "latin.yaml"), "latin.yaml: cannot read the recipe: not a text file")
+    Path("odd.yaml").write_text("base: emoji\nconcepts: cat\nrnak: 3")
+    one_error(call("recipes", "odd.yaml"), "odd.yaml: rnak: unknown key; did you mean rank?")
+    one_error(call("recipes", ""), ": no such file and no shipped recipe; `esd-lora recipes` lists them")
 
 
 # ---- several patches -------------------------------------------------------------------------------------------------
@@ -320,7 +328,10 @@ def test_stack_writes_one_patch_with_its_error_where_compressed(call: Call, patc
     ("options", "message"),
     [
         (["{patch}", "--rank", "0"], "rank: a patch can be compressed to a rank of 1 or more, got 0"),
-        (["{patch}:0"], "nothing to stack: name at least one patch with a weight other than 0"),
+        (["{patch}:0"], "no patch is left: name at least one with a weight other than 0"),
+        (["{patch}:0.5:0.5"], "{patch}:0.5:0.5: has two weights; write one, as in {patch}:0.5"),
+        ([""], "the name of a patch must not be empty"),
+        ([":0.5"], "the name of a patch must not be empty"),
         (["{patch}:nan"], "{patch}:nan: the weight after the colon must be a number, got 'nan'"),
         (
             ["nowhere"],
@@ -358,7 +369,7 @@ def test_eval_refuses_a_weight(call: Call, patch_folder: Path) -> None:
 def test_stack_never_overwrites_a_patch(call: Call, patch_folder: Path) -> None:
     before = (patch_folder / FILE_NAME).read_bytes()
     result = call("stack", patch_folder, "--out", patch_folder)
-    assert (result.code, result.err.strip()) == (2, f"error: {patch_folder}: not empty; choose another --out")
+    assert (result.code, result.err.strip()) == (2, f"error: {patch_folder}: not empty; choose another folder")
     assert (patch_folder / FILE_NAME).read_bytes() == before
 
 
@@ -372,6 +383,8 @@ def test_overlap_prints_and_draws_what_patches_share(
     assert actions[0][0] > 0
     with Image.open(tmp_path / "shared.png") as picture:
         assert picture.format == "PNG"
+    again = call("overlap", *options)
+    assert (again.code, again.err) == (2, f"error: {tmp_path / 'shared.png'}: exists; choose another --out\n")
     assert "leaks to" in call("overlap", patch_folder, "--base", tiny_folder).out
 
 
@@ -408,7 +421,7 @@ def test_fuse_writes_one_patch(call: Call, patch_folder: Path, tiny_folder: Path
     result = call("fuse", patch_folder, "--base", tiny_folder, "--out", tmp_path / "fused", "--json")
     assert (result.code, json.loads(result.out)["erases"]) == (0, ["cat"])
     again = call("fuse", patch_folder, "--base", tiny_folder, "--out", tmp_path / "fused")
-    assert (again.code, "not empty; choose another --out" in again.err) == (2, True)
+    assert (again.code, "not empty; choose another folder" in again.err) == (2, True)
 
 
 def test_merge_writes_a_pipeline_and_only_once(
@@ -466,13 +479,15 @@ def one_error(result: Result, message: str) -> None:
         (["--device", "toaster"], "unknown device toaster; this machine has "),
         (["--device", "cuda:99"], "no device cuda:99 here; this machine has "),
         (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
-        (["--base", "some/where"], "some/where: no such folder; model_index.json is not on the Hub, or not in"),
+        (["--base", "some/where"], "some/where: no such folder; the Hub cannot be reached, and model_index.json"),
+        (["--set", "revision=v2"], "{tiny}: has no revisions, as a base on the Hub has; leave revision v2 out"),
         (["--base", "{worlds}/photos"], "{worlds}/photos: no model_index.json in this folder"),
         (["--base", "{worlds}/file"], "{worlds}/file: not a safetensors file: "),
         (["--base", "{worlds}/sana"], "{worlds}/sana: SanaPipeline is not supported; supported: Stable"),
         (["--base", "{worlds}/broken"], "{worlds}/broken: cannot load the pipeline: "),
         (["--base", "{worlds}/no-attention"], "{worlds}/no-attention: layers esd-x match nothing in the denoiser"),
         (["--out", "{worlds}/file/out"], "{worlds}/file/out: cannot write: Not a directory"),
+        (["--out", "{worlds}/file"], "{worlds}/file: is a file; name a folder"),
         (["--out", "{worlds}/photos/../sana"], "{worlds}/photos/../sana: not empty, and holds no run"),
     ],
 )
@@ -483,7 +498,7 @@ def test_train_refuses_in_one_line_and_leaves_nothing(
     given = [a.format(worlds=worlds) for a in arguments]
     # an option that is given twice counts as it was given last
     result = call("train", "--base", tiny_folder, "--erase", "cat", *SHORT, "--out", "out", *given)
-    one_error(result, message.format(worlds=worlds))
+    one_error(result, message.format(worlds=worlds, tiny=tiny_folder))
     assert list(Path().iterdir()) == []
     assert sorted(worlds.rglob("*")) == before
 
@@ -540,8 +555,8 @@ def test_a_folder_that_holds_another_run_is_left_as_it_was(call: Call, tiny_fold
         (["--device", "toaster"], "unknown device toaster; this machine has "),
         (
             ["--base", "{worlds}/no-attention", "--patch", "{patch}"],
-            "the patch (made for {tiny}) adapts unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k, "
-            "which {worlds}/no-attention does not have",
+            "the patch that erases cat (made for {tiny}) adapts "
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k, which {worlds}/no-attention does not have",
         ),
         (["--out", "{worlds}/file/out"], "{worlds}/file/out/0000.png: cannot write: Not a directory"),
     ],
@@ -577,6 +592,11 @@ def test_a_patch_of_other_weights_is_warned_of_in_one_line(call: Call, patch: Pa
     assert result.code == 0
     assert "".join(result.err.split()).startswith("warning:thepatchwasmadeforsd15,andtheweightsofbasediffer;")
     assert "UserWarning" not in result.err
+    replace(patch, info={**patch.info, "base": {"name": "base", "fingerprint": "0"}}).save("patch")
+    result = call(
+        "generate", "--base", "base", "--prompt", "a", "--patch", "patch", "-n", 1, "--steps", 2, "--out", "p"
+    )
+    assert "".join(result.err.split()).startswith("warning:thepatchwasmadeforotherweightsthanthoseofbasehere;")
 
 
 def test_show_refuses_what_is_no_patch(call: Call) -> None:
@@ -629,6 +649,30 @@ def test_a_device_that_is_out_of_memory_is_a_failure_in_one_line(
     hint = "try a smaller --batch-size or --resolution, or --dtype bf16"
     assert (told.code, told.out, told.err) == (1, "", f"error: the device is out of memory: {hint}\n")
     assert not Path("pictures").exists()
+
+
+def test_a_cpu_that_is_out_of_memory_is_a_failure_in_one_line(call: Call, tiny_folder: Path) -> None:
+    wanted = ["--prompt", "a cat", "-n", 1, "--steps", 1, "--resolution", 10**8]
+    told = call("generate", "--base", tiny_folder, *wanted, "--out", "pictures", "--quiet")
+    assert (told.code, told.out, told.err.count("\n")) == (1, "", 1)
+    assert told.err.startswith("error: the device is out of memory: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fuse", "{patch}", "--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
+        (["merge", "{patch}", "--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
+        (["pull", "cat"], "cat: a repository is called user/name"),
+    ],
+)
+def test_libraries_do_not_speak_beside_the_line_that_says_what_is_wrong(
+    words: list[str], told: str, patch_folder: Path
+) -> None:
+    environ = {k: v for k, v in os.environ.items() if not k.endswith("_VERBOSITY")}
+    command = [sys.executable, "-m", "esd_lora", *(w.format(patch=patch_folder) for w in words), "--out", "out"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environ)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {told}\n")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")

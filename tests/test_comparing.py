@@ -526,13 +526,10 @@ def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, ca
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (
-            ["--against", "sld"],
-            "--answers, --target, --evaluator, --clip-score, --against, --gold, --weight, --steps, --guidance-scale, "
-            "--resolution, --batch-size, --revision and bases other than emoji need --out, for a report",
-        ),
-        (["--evaluator", "nonsense"], "--answers, --target, "),
-        (["--steps", "3"], "--answers, --target, "),
+        (["--against", "sld", "--steps", "20"], "--against, --steps: only with --out, for a report"),
+        (["--evaluator", "nonsense"], "--evaluator: only with --out, for a report"),
+        (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
+        (["--base", "{tiny}"], "--base {tiny}: give --answers, --evaluator and --out; emoji alone is measured without"),
         (
             ["--out", "report", "--target", "cat"],
             "--target cat: must be KIND:LABEL, as an evaluator names them, such as ",
@@ -548,11 +545,12 @@ def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, ca
     ],
 )
 def test_what_the_command_line_cannot_compare_is_one_line_and_leaves_nothing(
-    options: list[str], told: str, cat_on_emoji: Path, call: Call
+    options: list[str], told: str, cat_on_emoji: Path, tiny_folder: Path, call: Call
 ) -> None:
-    found = call("eval", "--base", "emoji", "--patch", cat_on_emoji, "--quiet", *options)
+    given = [o.format(tiny=tiny_folder) for o in options]
+    found = call("eval", "--base", "emoji", "--patch", cat_on_emoji, "--quiet", *given)
     assert (found.code, found.out) == (2, "")
-    assert found.err.startswith(f"error: {told}")
+    assert found.err.startswith(f"error: {told.format(tiny=tiny_folder)}")
     assert found.err.count("\n") == 1
     assert not Path("report").exists()
 

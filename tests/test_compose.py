@@ -103,7 +103,9 @@ def test_a_patch_for_layers_that_are_not_there_is_refused(patch: Patch) -> None:
     with pytest.raises(PatchError) as caught:
         attach(base, [patch])
     name, made_for = next(iter(patch.ranks)), patch.info["base"]["name"]
-    assert str(caught.value) == f"the patch (made for {made_for}) adapts {name}, which plain does not have"
+    assert (
+        str(caught.value) == f"the patch that erases cat (made for {made_for}) adapts {name}, which plain does not have"
+    )
     assert same(weights_of(base), before)
 
 
@@ -282,8 +284,8 @@ def test_what_cannot_be_stacked_is_refused(patch: Patch, other: Patch) -> None:
     name = next(iter(patch.ranks))
     wide = replace(patch, tensors={**patch.tensors, f"{name}.lora_A.weight": torch.ones(2, 64)})
     cases: list[tuple[list[Patch], list[float] | None, str]] = [
-        ([], None, "nothing to stack: name at least one patch with a weight other than 0"),
-        ([patch], [0.0], "nothing to stack: name at least one patch with a weight other than 0"),
+        ([], None, "no patch is left: name at least one with a weight other than 0"),
+        ([patch], [0.0], "no patch is left: name at least one with a weight other than 0"),
         ([patch], [float("nan")], "a weight must be a finite number, got nan"),
         ([patch, other], [1.0], "2 patches and 1 weights; give one weight for each patch"),
     ]
@@ -291,7 +293,9 @@ def test_what_cannot_be_stacked_is_refused(patch: Patch, other: Patch) -> None:
         with pytest.raises(PatchError) as caught:
             stack(patches, weights)
         assert str(caught.value) == message
-    with pytest.raises(PatchError, match=rf"{name} is \(32, 64\) in a patch made for .*, and \(32, 32\)"):
+    with pytest.raises(
+        PatchError, match=rf"{name} is \(32, 64\) in the patch that erases cat \(made for .*, and \(32, 32\)"
+    ):
         stack([patch, wide])
     flow = replace(patch, tensors={k.replace("unet.", "transformer."): v for k, v in patch.tensors.items()})
     with pytest.raises(PatchError, match=r"^some patches adapt a transformer and some a unet; no base has both$"):

@@ -316,6 +316,8 @@ def test_layers_that_a_patch_does_not_hold_are_refused_or_left_out_as_asked(tiny
     patch, left_out = import_lora(file, str(tiny_folder), partial=True)
     assert (list(patch.ranks), left_out) == ([f"unet.{LAYER}"], [TEXT, CONV])
     save_file(BEYOND, file)
+    with pytest.raises(PatchError, match=r"first .* \(text encoder\); there are no others$"):
+        import_lora(file, str(tiny_folder))
     with pytest.raises(PatchError, match=f": none of its layers is one of {re.escape(str(tiny_folder))}$"):
         import_lora(file, str(tiny_folder), partial=True)
 
@@ -362,6 +364,8 @@ def test_what_cannot_be_imported_is_refused_in_one_line(
 def test_a_missing_file_and_a_missing_base_are_named(tmp_path: Path) -> None:
     with pytest.raises(PatchError, match=r"^none\.safetensors: no such file; name the \.safetensors file"):
         import_lora(Path("none.safetensors"), "emoji")
+    with pytest.raises(PatchError, match=r": is a folder; name the \.safetensors file in it$"):
+        import_lora(tmp_path, "emoji")
     save_file(kohya(), "lora.safetensors")
     with pytest.raises(BaseModelError, match=r"^nowhere: neither"):
         import_lora(Path("lora.safetensors"), "nowhere")
@@ -423,3 +427,18 @@ def test_a_patch_goes_out_and_comes_back_on_the_command_line(
     assert not Path("xl").exists()
     name = call("export", "cat", "--to", "kohya", "--out", "cat.pt")
     assert (name.code, name.err) == (2, "error: --out cat.pt: name a file that ends in .safetensors\n")
+    taken = Path("cat.safetensors").read_bytes()
+    for place in ("cat.safetensors", f"cat/{FILE_NAME}"):
+        again = call("export", "cat:0.5", "--to", "kohya", "--out", place)
+        assert (again.code, again.err) == (2, f"error: {place}: exists; choose another --out\n")
+    assert Path("cat.safetensors").read_bytes() == taken
+
+
+def test_a_patch_goes_out_at_its_weight(call: Call) -> None:
+    patch = patch_for(SD15, "esd-x-strict")
+    patch.save("cat")
+    assert call("export", "cat:0.5", "--to", "kohya", "--out", "half.safetensors").code == 0
+    half = import_lora(Path("half.safetensors"), SD15)[0]
+    factors = {"lora_A": 1.0, "lora_B": 0.5}
+    assert same(half.tensors, {k: v * factors[k.split(".")[-2]] for k, v in patch.tensors.items()})
+    assert half.info["stack"][0]["weight"] == 0.5

@@ -220,7 +220,7 @@ def test_features_are_the_same_every_time_whatever_the_scheduler_draws(
 def test_what_cannot_be_fused_is_refused(base: Base, pair: list[Patch]) -> None:
     with pytest.raises(PatchError, match="does not say what it erases"):
         fuse(base, [replace(pair[0], info={})])
-    with pytest.raises(PatchError, match="nothing to stack"):
+    with pytest.raises(PatchError, match="no patch is left"):
         fuse(base, [])
     with pytest.raises(PatchError, match="does not have"):
         fuse(base, [random_patch(1)])

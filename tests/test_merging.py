@@ -87,7 +87,7 @@ def test_a_folder_that_is_taken_is_refused_and_left_alone(base: Base, patch: Pat
     (taken / "mine.txt").write_text("mine")
     with pytest.raises(OutputError) as caught:
         merge(base, [], out=taken)  # before anything else is looked at
-    assert str(caught.value) == f"{taken}: not empty; choose another --out"
+    assert str(caught.value) == f"{taken}: not empty; choose another folder"
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
     assert [p.name for p in taken.iterdir()] == ["mine.txt"]
 

@@ -767,7 +767,10 @@ def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path
     for text, message in [
         ("{", "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("[]", "not a report, which is a JSON object"),
+        ('{"schema": 1}', "title: Field required (the first of 8 problems)"),
     ]:
         (tmp_path / "report.json").write_text(text)
         told = call("report", tmp_path)
         assert (told.code, told.err) == (2, f"error: {tmp_path}/report.json: {message}\n")
+    told = call("report", tmp_path / "report.json")
+    assert (told.code, told.err) == (2, f"error: {tmp_path}/report.json: is a file; name the folder that it is in\n")

@@ -235,6 +235,10 @@ ADAPTER = "its lora_adapter_metadata "
             ),
             "adapts text_encoder and unet; a patch adapts unet or transformer alone",
         ),
+        (
+            tensors({A: None, B: None, "lora_unet_x.alpha": torch.ones(1)}),
+            "adapts lora_unet_x; a patch adapts unet or transformer alone; `esd-lora import` makes a patch of such a file",
+        ),
         (tensors({A: None, B: None, "lora_A": torch.ones(2, 3)}), "adapts lora_A; a patch adapts unet or transformer"),
         (tensors({"unet.conv_in.weight": torch.ones(2, 2)}), f"unet.conv_in.weight {ALIEN}"),
         (tensors({"unet.x.lora_down.weight": torch.ones(2, 2)}), f"unet.x.lora_down.weight {ALIEN}"),
@@ -336,10 +340,10 @@ def test_only_what_holds_nothing_is_empty(tmp_path: Path) -> None:
     check_empty(tmp_path)
     check_empty(tmp_path / "new")
     write_file(tmp_path / "folder" / "file", b"data")
-    for taken in (tmp_path / "folder", tmp_path / "folder" / "file"):
+    for name, told in (("folder", "not empty; choose another folder"), ("folder/file", "is a file; name a folder")):
         with pytest.raises(OutputError) as caught:
-            check_empty(taken)
-        assert str(caught.value) == f"{taken}: not empty; choose another --out"
+            check_empty(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path / name}: {told}"
 
 
 def make(part: Path) -> None:

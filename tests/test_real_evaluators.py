@@ -276,9 +276,10 @@ def test_an_evaluator_says_which_weights_it_has(clip: ClipZeroShot, clip_folder:
             "nudenet:lax",
             "evaluator nudenet:lax: unknown profile; there are strict6@0.5, esd, mace8, unlearndiffatk9@0.5",
         ),
+        ("imagenet:./nowhere", "./nowhere: neither a folder, nor a Hub id"),
         (
             "imagenet:nobody/nothing",
-            "nobody/nothing: no such folder; config.json is not on the Hub, or not in the cache while offline",
+            "nobody/nothing: no such folder; the Hub cannot be reached, and config.json is not in the cache",
         ),
     ],
 )

@@ -183,6 +183,7 @@ def test_a_recipe_cannot_be_changed() -> None:
             "recipe: robust: must be below the 60 steps, for each round is between two, got 60",
         ),
         ({"concepts": []}, "recipe: concepts: name at least one"),
+        ({"concepts": ["cat", "dog", "cat"]}, "recipe: concepts: 'cat' comes twice"),
         ({"concepts": {"erase": "cat", "from": " "}}, "recipe: concepts.0.from: must not be empty"),
         ({"concepts": {"erase": "cat", "replace_with": ""}}, "recipe: concepts.0.replace_with: must not be empty"),
         (

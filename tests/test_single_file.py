@@ -102,7 +102,7 @@ def test_configs_that_are_not_to_be_had_are_named(file: Path, cached: Path) -> N
         load_base(str(file), device="cpu")
     assert str(caught.value) == (
         f"{file}: a single file has no tokenizer and no configs, and those of {SD15} are not to be had: {SD15}: no such "
-        "folder; model_index.json is not on the Hub, or not in the cache while offline"
+        "folder; the Hub cannot be reached, and model_index.json is not in the cache"
     )
 
 

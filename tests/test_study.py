@@ -320,7 +320,7 @@ def test_files_that_are_none_are_named(page: Path, tmp_path: Path) -> None:
     two = write_answers(tmp_path / "study", {"ann": {item: 3}, "bob": {item: 3}})
     for arguments, told in [
         ((key, [tmp_path / "none.csv"]), r"none\.csv: cannot read the answers: No such file or directory"),
-        ((key, [tmp_path / "picture.csv"]), r"picture\.csv: not a CSV file"),
+        ((key, [tmp_path / "picture.csv"]), r"picture\.csv: cannot read the answers: not a text file"),
         ((tmp_path / "none.json", two), r"none\.json: cannot read the key: No such file or directory"),
         ((tmp_path / "broken.json", two), r"broken\.json: not the key\.json of a study"),
         ((key, []), "no answers to pictures of our patch"),
@@ -366,11 +366,19 @@ def test_a_study_is_drawn_and_scored_by_the_command_line(call: Call, tiny_folder
 
 
 def test_what_a_study_cannot_do_is_one_line(call: Call, tiny_folder: Path, patch_folder: Path) -> None:
-    drawn = ["--base", tiny_folder, "--patch", patch_folder, "--prompt", "a cat", "--quiet"]
+    drawn = ["--base", tiny_folder, "--patch", patch_folder, "--ask", "How much?", "--prompt", "a cat", "--quiet"]
+    unasked = ["--base", tiny_folder, "--patch", patch_folder, "--prompt", "a cat"]
     shutil.copytree(patch_folder, "base")
     for options, message in [
         (drawn[:-3], "name --base, --patch and --prompt to write a study, or --score to score one"),
-        ([*drawn, "--reference", "none.png"], "none.png: not a picture that can be read"),
+        (unasked, "name --reference, a picture to compare with, or --ask another question"),
+        ([*drawn, "--reference", "none.png"], "none.png: no such file"),
+        ([*drawn, "--reference", "base"], "base: is a folder"),
+        ([*drawn, "--reference", "base/recipe.yaml"], "base/recipe.yaml: not a picture that can be read"),
+        (
+            ["--score", "a.csv", *unasked],
+            "--score: scores a study that has been drawn; leave --base, --patch, --prompt out",
+        ),
         ([*drawn[:-3], "--prompt", " "], "--prompt: must not be empty"),
         (
             [*drawn, "--patch", "base"],

@@ -739,6 +739,8 @@ def test_what_the_command_line_cannot_do_is_one_line(call: Call, arguments: list
         ([*arguments, "--gold", "nowhere"], "nowhere: "),
         ([*arguments, "--answers", "pets.yaml"], "no prompt of the target names it: cat, kitty, "),
         ([*arguments, "--answers", "none.yaml"], "none.yaml: names no target"),
+        ([*arguments, "--concept", ""], "--concept: must not be empty"),
+        ([*arguments, "--resolution", "65"], f"resolution: must be a multiple of 8 for {tiny_folder}, got 65"),
     ]:
         told = call(*options)
         assert told.code == 2, message

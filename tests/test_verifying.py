@@ -188,20 +188,21 @@ def test_a_card_of_another_patch_and_a_card_that_claims_more_are_named(measured:
 def test_a_patch_for_other_weights_or_other_layers_of_emoji_is_named(measured: Patch, tmp_path: Path) -> None:
     base = {**measured.info["base"], "fingerprint": "0"}
     other = replace(measured, info={**measured.info, "base": base})
-    with pytest.warns(UserWarning, match="weights of emoji differ"):
+    with pytest.warns(UserWarning, match="other weights than those of emoji here"):
         found = verify(str(shared(other, tmp_path / "a")), device="cpu")
     assert wrong(found) == {"base": "made for other weights than those of emoji here"}
     name = "unet.nowhere.to_k"
     tensors = {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(3, 1)}
     found = verify(str(shared(replace(measured, tensors=tensors), tmp_path / "b")), device="cpu")
-    assert wrong(found) == {"base": "the patch (made for emoji) adapts unet.nowhere.to_k, which emoji does not have"}
+    told = "the patch that erases cat (made for emoji) adapts unet.nowhere.to_k, which emoji does not have"
+    assert wrong(found) == {"base": told}
     assert not found.claims
 
 
 @pytest.mark.parametrize(
     ("base", "ok", "found"),
     [
-        (None, None, "None: neither `emoji`, nor "),
+        (None, None, "the patch names no base"),
         ("{tiny}", True, "{tiny} has all of its layers; its weights were not looked at"),
         (
             "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -232,7 +232,8 @@ def from_hub(name: str, file: str, revision: str | None, *, optional: bool = Fal
     """
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
-    wrong = f"{name}: neither `emoji`, nor a folder or file, nor a Hub id"
+    places = "`emoji`, nor a folder or file" if file == "model_index.json" else "a folder"
+    wrong = f"{name}: neither {places}, nor a Hub id"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise BaseModelError(wrong)
     try:
@@ -247,11 +248,12 @@ def from_hub(name: str, file: str, revision: str | None, *, optional: bool = Fal
         raise BaseModelError(f"{name}: no such folder, and no such model on the Hub (or it is private)") from None
     except errors.EntryNotFoundError as error:
         cached = isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision), str)
-        if optional and (cached or isinstance(error, errors.RemoteEntryNotFoundError)):
+        answered = isinstance(error, errors.RemoteEntryNotFoundError)
+        if optional and (cached or answered):
             return None
-        raise BaseModelError(
-            f"{name}: no such folder; {file} is not on the Hub, or not in the cache while offline"
-        ) from None
+        lacks = f"its repository on the Hub has no {file}"
+        what = lacks if answered else f"the Hub cannot be reached, and {file} is not in the cache"
+        raise BaseModelError(f"{name}: no such folder; {what}") from None
     except (HTTPError, OSError, RuntimeError) as error:
         what = unwritable(error) or f"no such folder, and the Hub cannot be reached: {first_line(error)}"
         raise BaseModelError(f"{name}: {what}") from None

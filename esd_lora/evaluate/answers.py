@@ -268,14 +268,18 @@ def read_answers(path: str | Path, *, target: Target | None = None) -> Answers:
 
     Args:
         path: Of the file; one that does not end in `.csv` is YAML.
-        target: What was erased, instead of what the file says; a CSV by itself cannot say it.
+        target: What was erased, where the file does not say; a CSV by itself cannot say it.
 
     Raises:
         RecipeError: The file cannot be read, or is wrong: one line for each problem, with its place. Or a target that no
-            prompt wants.
+            prompt wants, or that is not the file's own.
     """
     path = Path(path)
     values = {"prompts": [{"file": path.name}]} if path.suffix.lower() == ".csv" else _read_yaml(path)
+    if target and values.get("target") and (told := _document_of(path, values).target) and told != target:
+        raise RecipeError(
+            f"{path}: its target is {told.kind}:{told.label}; leave --target {target.kind}:{target.label} out"
+        )
     document = _document_of(path, values if target is None else {**values, "target": target})
     asks: list[Ask] = []
     problems: list[str] = []
@@ -341,9 +345,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot read the answer set: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not text, or a date that there is not
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise RecipeError(f"{path}: cannot read the answer set: {reason}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'cannot be read'}") from error

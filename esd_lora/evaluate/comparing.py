@@ -175,7 +175,7 @@ def evaluate_patches(
         patches: By where they are; all are judged by what the first one erases.
         folder: Of `report.json`, `report.html` and pictures; what is there is not made again.
         answers: A file; the embedded base has a set of its own.
-        target: What was erased, instead of what the file of answers says.
+        target: What was erased, where the file of answers does not say.
         evaluator: A name that `load_evaluator_by_name` takes.
         clip: A CLIP that scores pictures, a folder or a Hub id.
         against: Names of `BASELINES`.
@@ -377,7 +377,7 @@ def questions(
         base: Name of the model.
         patch: Erases the target.
         path: Of the file.
-        target: What was erased, instead of what the file says.
+        target: What was erased, where the file does not say.
         target_seeds, kept_seeds: See `emoji_answers`.
 
     Raises:

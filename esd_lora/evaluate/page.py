@@ -303,8 +303,8 @@ class Report(_Model):
         return next(m for m in self.methods if m.role == "base")
 
 
-def make_report(values: Mapping[str, Any]) -> Report:
-    """The validated document.
+def make_report(values: Mapping[str, Any], *, source: object = "report") -> Report:
+    """The validated document; `source` is where it comes from.
 
     Raises:
         UserError: The first place where it is wrong, and how many there are.
@@ -316,16 +316,20 @@ def make_report(values: Mapping[str, Any]) -> Report:
     place = ".".join(map(str, problems[0]["loc"]))
     told = problems[0]["msg"].removeprefix("Value error, ")
     more = f" (the first of {len(problems)} problems)" if len(problems) > 1 else ""
-    raise UserError(f"report: {f'{place}: ' if place else ''}{told}{more}")
+    raise UserError(f"{source}: {f'{place}: ' if place else ''}{told}{more}")
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The values of the report in a folder, not yet validated.
+    """The values of the report in a folder.
 
     Raises:
-        UserError: The file cannot be read, or is no JSON object.
+        UserError: The file cannot be read, or is no report.
     """
-    return _read_json(folder / "report.json")
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; name the folder that it is in")
+    values = _read_json(folder / "report.json")
+    make_report(values, source=folder / "report.json")
+    return values
 
 
 def with_attacks(report: Mapping[str, Any], folder: Path) -> Report:

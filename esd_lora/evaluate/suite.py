@@ -461,19 +461,23 @@ def erasure_of(
     Args:
         base, patches, weights, gold, merged, budget: As `Erasure` has them.
         answers: The file of an answer set; by default that of the first concept of the patches, on the embedded base.
-        target: What was erased, instead of what the file says.
+        target: What was erased, where the file does not say.
         evaluator: See `load_evaluator_by_name`; where it is emoji's, emoji's filter judges for attackers.
         words: Names of the concept, beside those that the patches tell.
 
     Raises:
-        RecipeError, BaseModelError: See `questions`, `judge_of` and `Erasure`.
+        RecipeError, BaseModelError: See `questions`, `judge_of` and `Erasure`; or the base cannot draw pictures of this size,
+            or in so many steps.
     """
+    budget = budget or Budget()
+    base.latent_shape(budget.sampling.resolution)
+    base.check_steps(budget.sampling.steps, name="steps", resolution=budget.sampling.resolution)
     erased = {"recipe": {"concepts": [c for p in patches for c in p.concepts]}}
     asked = questions(base.name, Patch({}, erased), answers, target=target)
     judge = judge_of(evaluator, asked, device=str(base.device))
     target = target_of(asked, source=answers or base.name)
     names = names_of(patches, target.label, words=words)
-    how: dict[str, Any] = {"gold": gold, "merged": merged, "budget": budget or Budget()}
+    how: dict[str, Any] = {"gold": gold, "merged": merged, "budget": budget}
     if judge.name == "emoji":
         names += {**OBJECTS, **STYLES}.get(target.label, ())
         # its prompts say "style" after every word for one
