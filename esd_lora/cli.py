@@ -40,6 +40,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 stderr = Console(stderr=True, highlight=False, emoji=False)
+MAKE, LOOK, MEASURE, COMBINE, SHARE = "Make patches", "Look", "Measure", "Put together", "Share"
+"""What commands are for, as the help lists them."""
 
 BASE = "emoji, a folder with a diffusers pipeline, a .safetensors checkpoint, or a Hub id."
 BaseName = Annotated[str | None, typer.Option("--base", help=BASE)]
@@ -91,7 +93,7 @@ def _main(
         raise typer.Exit
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def train(
     recipe: RecipeFiles = None,
     base: BaseName = None,
@@ -214,7 +216,7 @@ def next_command(recipe: Recipe, folder: Path) -> str:
     return shlex.join(["esd-lora", "generate", *words])
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def generate(
     prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several.")],
     base: OnBase,
@@ -267,7 +269,7 @@ def generate(
     _print({"pictures": rows, "grid": str(out / "grid.png")}, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def show(patch: Reference, as_json: Json = False) -> None:
     """Print what a patch is: concepts, base, layers, rank, cost and scores."""
     from esd_lora.patch import read_outline
@@ -278,7 +280,7 @@ def show(patch: Reference, as_json: Json = False) -> None:
     _print({"patch": patch, **facts, **told}, as_json=as_json)  # what is counted wins over what a header claims
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def plan(
     recipe: RecipeFile = None,
     base: BaseName = None,
@@ -297,7 +299,7 @@ def plan(
     _print(make_plan(wanted).to_dict(), as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] = None, as_json: Json = False) -> None:
     """List the shipped recipes, or print one."""
     from esd_lora.recipe import make_recipe, read_recipe
@@ -316,7 +318,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one.")] 
     _print(heads, as_json=as_json)
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=MEASURE)
 def evaluate(
     ctx: typer.Context,
     base: OnBase,
@@ -416,7 +418,7 @@ def evaluate(
         _show(score_table(scores))
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def report(folder: Annotated[Path, typer.Argument(help="Has a report.json and the pictures that it names.")]) -> None:
     """Write the page of an evaluation again, with the attacks in its folder if there are any; it opens without a network."""
     from esd_lora.evaluate.page import read_report, write_page
@@ -425,7 +427,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Has a report.json and th
     _print({"page": str(page)}, as_json=False)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def study(
     ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Of the study: index.html for readers, key.json for you alone.")],
@@ -477,7 +479,7 @@ def study(
     _print({"page": str(page), "key": str(folder / "key.json"), "pictures": len(questions)}, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def attack(
     base: OnBase,
     patch: Annotated[
@@ -555,7 +557,7 @@ def attack(
         _show(suite.attack_table(found))
 
 
-@app.command()
+@app.command(rich_help_panel=COMBINE)
 def stack(
     patch: Weighted,
     out: Annotated[Path, typer.Option(help="Folder for the stack.")],
@@ -574,7 +576,7 @@ def stack(
     _print({"patch": str(out), **_facts(made), **lost}, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=COMBINE)
 def fuse(
     patch: Weighted,
     base: OnBase,
@@ -595,7 +597,7 @@ def fuse(
     _print({"patch": str(out), **_facts(made)}, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=COMBINE)
 def overlap(
     patch: Annotated[list[str], typer.Argument(help="Patches' folders or files, or their Hub ids.")],
     base: OnBase,
@@ -627,7 +629,7 @@ def overlap(
     _show(table)
 
 
-@app.command()
+@app.command(rich_help_panel=COMBINE)
 def merge(
     patch: Weighted,
     base: OnBase,
@@ -645,7 +647,7 @@ def merge(
     _print({"pipeline": str(folder), "base": base, "erased": erased}, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def export(
     patch: Annotated[str, typer.Argument(help="A patch or its Hub id, with an optional weight, as in P:0.5.")],
     to: Annotated[
@@ -671,7 +673,7 @@ def export(
         stderr.print(f"next: {exporting.NEXT[to].format(name=file.stem)}", style="dim", markup=False, soft_wrap=True)
 
 
-@app.command("import")
+@app.command("import", rich_help_panel=SHARE)
 def import_(
     file: Annotated[
         Path, typer.Argument(help="A .safetensors file of kohya's scripts, LECO, sliders, peft or diffusers.")
@@ -697,7 +699,7 @@ def import_(
     _print({"patch": str(out), **_facts(made), **({"left_out": len(left_out)} if left_out else {})}, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def card(
     patch: Annotated[str, typer.Argument(help="A patch's folder.")],
     base: Annotated[
@@ -725,7 +727,7 @@ def card(
     _print(told, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def push(
     patch: Annotated[str, typer.Argument(help="A patch's folder or file.")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to; made if it is not there.")],
@@ -758,7 +760,7 @@ def push(
     _print({**vars(done), "bytes": sizes}, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def pull(
     repo: Annotated[
         str, typer.Argument(metavar="USER/NAME", help="A patch's Hub id, as user/name or user/name@revision.")
@@ -776,7 +778,7 @@ def pull(
     _print({"patch": str(out), **_facts(made)}, as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def verify(
     patch: Reference,
     target_seeds: Annotated[int, typer.Option(min=1, help="Pictures of each cell of an erased concept.")] = 2,
