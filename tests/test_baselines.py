@@ -405,7 +405,7 @@ def test_the_emoji_filter_asks_the_second_evaluator() -> None:
         "party hat": seen.hat_probabilities,
     }.items():
         assert torch.equal(emoji_filter(concept).classifier(pictures), expected)
-    assert emoji_filter("cat").filtered([]) == ([], [])
+    assert emoji_filter("cat").passes([]) == []
     with pytest.raises(
         RecipeError, match=r"^unicorn: not a concept that the filter knows: cat, .*, neon, .*party hat$"
     ):

@@ -160,7 +160,9 @@ def test_a_patch_of_one_family_is_refused_by_another(
     family: str, folders: dict[str, Path], runs: dict[str, Path]
 ) -> None:
     base = load_base(str(folders["sd"]), device="cpu")
-    with pytest.raises(PatchError, match=r"^the patch \(made for .*\) (adapts|has) (unet|transformer)\."):
+    with pytest.raises(
+        PatchError, match=r"^the patch that erases cat \(made for .*\) (adapts|has) (unet|transformer)\."
+    ):
         attach(base, [load_patch(runs[family])])
 
 

@@ -543,7 +543,7 @@ def test_a_file_that_is_no_evidence_is_named(base: Base, patch: Patch, tmp_path:
             call()
     with pytest.raises(UserError, match=r"cannot read: Not a directory$"):
         read_evidence(tmp_path / ATTACKS)
-    with pytest.raises(OutputError, match=r"cannot write: File exists$"):
+    with pytest.raises(OutputError, match=r"is a file; name a folder$"):
         run_suite(erasure(base, patch), ["scaling"], out=tmp_path / ATTACKS)
     assert (tmp_path / ATTACKS).read_text() == '{"schema": 2}'
 

@@ -491,7 +491,7 @@ def doubts_of(points: Sequence[Point], rulers: Rulers | None) -> list[str]:
         found.append(
             "A patch of zeros moved the pictures: they differ by more than what is compared. Trust no rate here."
         )
-    if ruin and ruin.kept.high >= (ruin.kept.base or 0):
+    if ruin and ruin.kept.value >= (ruin.kept.base or 0):
         found.append(
             "A patch that ruins every picture keeps all: the evaluator sees what is not there. Trust no rate here."
         )
