@@ -244,9 +244,7 @@ def attack_rows(evidence: Evidence) -> list[str]:
     for attack in evidence.attacks:
         result = tried(attack, evidence.target.label)
         found, floor = result.found, result.floor
-        value, low, high = (f"{100 * x:.1f}" for x in (found.value, found.low, found.high))
-        beside = f"{100 * floor.found.value:.1f}, {floor.trial.name}" if floor else ""
-        rows.append(f"| {attack.name} | {value} | {low} to {high} | {found.n} | {beside} |")
+        rows.append(_row(attack.name, found, f"{100 * floor.found.value:.1f}, {floor.trial.name}" if floor else ""))
     return rows
 
 
@@ -303,10 +301,14 @@ def rows_of(scores: Scores | AttributeScores) -> list[str]:
     """The rows of the card's table for one concept, in Markdown: a rate, its interval, n, and the base's own."""
     rows = []
     for label, rate in rates_of(scores).items():
-        value, low, high = (f"{100 * x:.1f}" for x in (rate.value, rate.low, rate.high))
-        base = "" if rate.base is None else f"{100 * rate.base:.1f}"
-        rows.append(f"| {label} | {value} | {low} to {high} | {rate.n} | {base} |")
+        rows.append(_row(label, rate, "" if rate.base is None else f"{100 * rate.base:.1f}"))
     return rows
+
+
+def _row(label: str, rate: Rate, beside: str) -> str:
+    """A rate with its interval, n, and what stands beside it, as a row in Markdown."""
+    value, low, high = (f"{100 * x:.1f}" for x in (rate.value, rate.low, rate.high))
+    return f"| {label} | {value} | {low} to {high} | {rate.n} | {beside} |"
 
 
 def _loading(patch: Patch, base: str, repo: str | None) -> tuple[str, str]:

@@ -43,11 +43,11 @@ def check_fits(patch: Patch, base: Base) -> None:
         if shape != have:
             raise PatchError(f"{_title(patch)} has {name} of {shape}; in {base.name} it is {have}")
     if origin.get("fingerprint") not in (None, base.fingerprint):
-        own = origin.get("name") == base.name
-        others = f"other weights than those of {base.name} here" if own else origin.get("name")
-        differ = "" if own else f", and the weights of {base.name} differ"
+        others = f"{origin.get('name')}, and the weights of {base.name} differ"
+        if origin.get("name") == base.name:
+            others = f"other weights than those of {base.name} here"
         warnings.warn(
-            f"the patch was made for {others}{differ}; "
+            f"the patch was made for {others}; "
             "patches often carry over to relatives of a base, but look at the pictures",
             stacklevel=2,
         )

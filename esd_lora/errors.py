@@ -59,6 +59,11 @@ class OutputError(UserError):
     """A place that cannot be written to."""
 
 
+def unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """Why a file could not be read as text."""
+    return getattr(error, "strerror", None) or "not a text file"
+
+
 def unwritable(error: Exception) -> str:
     """What an error of a download says where it is the disk that refuses; empty where it is not."""
     if not isinstance(error, OSError) or error.errno not in DISK:

@@ -181,9 +181,9 @@ def files_of(place: str | Path, *, repo: str) -> dict[str, bytes]:
         files["recipe.yaml"] = recipe_text(recipe).encode()
     if scores := patch.info.get("scores"):
         files["scores.json"] = f"{json.dumps(scores, indent=2)}\n".encode()
-    if folder and (evidence := evidence_of(patch, folder)):
-        files["attacks.json"] = f"{evidence.model_dump_json(indent=1, by_alias=True)}\n".encode()
     if folder:
+        if evidence := evidence_of(patch, folder):
+            files["attacks.json"] = evidence.to_bytes()
         pairs = pairs_of(folder)
         pictures = [name for pair in pairs for name in (pair.before, pair.after)]
         beside = [*pictures, *(["images/pairs.json"] if pairs else []), "grid.png", "loss.png"]

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from esd_lora.errors import RecipeError
+from esd_lora.errors import RecipeError, unreadable
 
 Layers = Literal["esd-x", "esd-x-strict", "esd-u", "full"]
 DType = Literal["fp32", "bf16", "fp16"]
@@ -260,7 +260,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = "is a folder" if path.is_dir() else getattr(error, "strerror", None) or "not a text file"
+        reason = "is a folder" if path.is_dir() else unreadable(error)
         raise RecipeError(f"{path}: cannot read the recipe: {reason}") from error
     try:
         data = yaml.safe_load(text)

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from esd_lora.errors import UserError
+from esd_lora.errors import UserError, unreadable
 from esd_lora.evaluate.page import data_uri, render
 from esd_lora.evaluate.rates import cluster_bootstrap
 from esd_lora.patch import Patch, check_empty, write_file
@@ -160,13 +160,12 @@ def draw_questions(
     from esd_lora.pictures import drawn_by, generate
 
     every = [(p, seed + k) for p in prompts for k in range(n)]
-    first = next((patch for patch, _ in patches.values()), None)
-    drawn = drawn_by(first.info.get("recipe", {})) if first else {}
+    recipe: Mapping[str, Any] = next((patch.info.get("recipe", {}) for patch, _ in patches.values()), {})
+    how = {"batch_size": batch_size, "on_batch": on_batch, **drawn_by(recipe)}
     questions = []
     ways: dict[str, list[tuple[Patch, float]]] = {BARE: [], **{name: [added] for name, added in patches.items()}}
     for method, added in ways.items():
         with attached(base, [patch for patch, _ in added], [weight for _, weight in added]):
-            how = {"batch_size": batch_size, "on_batch": on_batch, **drawn}
             pictures = generate(base, [p for p, _ in every], [s for _, s in every], **how)
         questions += [Question(x, method, p, reference) for x, (p, _) in zip(pictures, every, strict=True)]
     return questions
@@ -257,8 +256,7 @@ def read_answers(path: Path, items: Mapping[str, Item]) -> Iterator[Answer]:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark before what they save
             lines = list(csv.reader(file))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"{path}: cannot read the answers: {reason}") from error
+        raise UserError(f"{path}: cannot read the answers: {unreadable(error)}") from error
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV file: {error}") from error
     if not lines or lines[0] != COLUMNS:

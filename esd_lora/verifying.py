@@ -147,13 +147,16 @@ def _places(reference: str) -> tuple[Path, Path | None, bool]:
         file = Path(reference) / FILE_NAME if Path(reference).is_dir() else Path(reference)
         return file, beside if (beside := file.with_name("README.md")).is_file() else None, False
     file = download(match["repo"], match["revision"])
-    found: list[Path | None] = []
-    for name in ("README.md", ATTACKS):
-        try:
-            found.append(download(match["repo"], file.parent.name, file=name))
-        except RepositoryError:
-            found.append(None)
-    return file, found[0], True
+    card, _ = (_download_if_any(match["repo"], file.parent.name, name) for name in ("README.md", ATTACKS))
+    return file, card, True
+
+
+def _download_if_any(repo: str, commit: str, file: str) -> Path | None:
+    """Where a file of a commit is in the hub's cache, beside the others; None if the repository has none."""
+    try:
+        return download(repo, commit, file=file)
+    except RepositoryError:
+        return None
 
 
 def _check_hash(file: Path, *, from_hub: bool) -> Check:

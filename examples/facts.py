@@ -145,24 +145,23 @@ HIGH = 0.9
 RATES = ("UA", "IRA", "CRA")
 
 
-def by_esd(found: Measured, kind: str) -> tuple[Mapping[str, Mapping[str, float]], str]:
-    """Of what fine-tuned ESD-x erased of a kind, how far each rate is from the base's by target, and its rates in words."""
+def by_esd(found: Measured, kind: str) -> tuple[Rows, str]:
+    """The rows of what fine-tuned ESD-x erased of a kind, and its rates in words."""
     rows = such(found.benchmark, "UA", kind=kind, **ESD)
     figures = ", ".join(f"{r} {100 * share(rows, r):.1f}" for r in RATES)
-    return {r: changes(rows, r) for r in RATES}, f"{len(rows)} {kind}s: {figures}"
+    return rows, f"{len(rows)} {kind}s: {figures}"
 
 
 def of_a_style(found: Measured) -> Told:
     """F1, first half: the style is erased, and other styles suffer more than objects do."""
-    style, said = by_esd(found, "style")
-    erased = share(such(found.benchmark, "UA", kind="style", **ESD), "UA") >= HIGH
-    return every([erased, higher(style["CRA"], style["IRA"])]), said
+    rows, said = by_esd(found, "style")
+    return every([share(rows, "UA") >= HIGH, higher(changes(rows, "CRA"), changes(rows, "IRA"))]), said
 
 
 def of_an_object(found: Measured) -> Told:
     """F1, second half: what is kept of either kind falls, and further than where a style is erased."""
     (style, _), (thing, said) = (by_esd(found, kind) for kind in ("style", "object"))
-    return every(apart(style[r], thing[r]) for r in ("IRA", "CRA")), said
+    return every(apart(changes(style, r), changes(thing, r)) for r in ("IRA", "CRA")), said
 
 
 def by_inversion(found: Measured, *, guards: bool) -> Told:

@@ -37,7 +37,7 @@ from esd_lora import processes
 from esd_lora.bases.base import Base
 from esd_lora.compose import attached
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS
-from esd_lora.errors import OutputError, RecipeError
+from esd_lora.errors import OutputError, RecipeError, unreadable
 from esd_lora.evaluate.page import Group, Target
 from esd_lora.evaluate.scores import answer_set
 from esd_lora.patch import Patch
@@ -346,8 +346,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise RecipeError(f"{path}: cannot read the answer set: {reason}") from error
+        raise RecipeError(f"{path}: cannot read the answer set: {unreadable(error)}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -383,7 +382,7 @@ def _read_csv(path: Path) -> list[tuple[int, _Row]]:
             rows = [(reader.line_num, cells) for cells in reader]
             columns = reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or (error if isinstance(error, csv.Error) else "not a text file")
+        reason = error if isinstance(error, csv.Error) else unreadable(error)
         raise RecipeError(f"{path}: cannot read the answer set: {reason}") from error
     if not {"prompt", "caption"} & set(columns):
         raise RecipeError(f"{path}: no column prompt or caption; there are: {', '.join(columns) or 'none'}")

@@ -74,6 +74,7 @@ OTHER = 1 << 31
 """The bit that makes another seed of a seed: of the higher ones torch's generator on a CPU takes no notice."""
 
 SECOND = "features of emoji's second evaluator"
+"""What drift and KID of the embedded base are measured in."""
 NOTHING = "nothing"
 """What is seen where a filter holds a picture back: an evaluator may well see something in black."""
 
@@ -127,9 +128,9 @@ class Comparison:
         return feature_maps(load_evaluator("filter")) if self.base.name == "emoji" else None
 
     @property
-    def moved(self) -> Callable[[Pictures, Pictures], Tensor]:
-        """What measures drift: features of emoji's second evaluator there, and the pixels of any other base's pictures."""
-        return partial(drift, features=self.maps) if self.maps else pixel_drift
+    def ruler(self) -> tuple[str, Callable[[Pictures, Pictures], Tensor]]:
+        """Name and measure of drift: in features of emoji's second evaluator there, in pixels of any other base's pictures."""
+        return (SECOND, partial(drift, features=self.maps)) if self.maps else ("pixels", pixel_drift)
 
     @property
     def space(self) -> tuple[str, Callable[[Pictures], Tensor]] | None:
@@ -487,7 +488,8 @@ def _rows(
     comparison: Comparison, drawn: Drawn, labels: Mapping[str, Sequence[str]], before: Mapping[Ask, Image.Image]
 ) -> list[Row]:
     """What the evaluator sees in pictures, by kind, and how far each is from the base's of the same noise."""
-    moved = comparison.moved([before[a] for a in drawn.asks], drawn.pictures).tolist()
+    _, measure = comparison.ruler
+    moved = measure([before[a] for a in drawn.asks], drawn.pictures).tolist()
     rows = []
     for i, ask in enumerate(drawn.asks):
         seen = {kind: found[i] if drawn.shown[i] else NOTHING for kind, found in labels.items()}
@@ -525,11 +527,11 @@ def _rulers(comparison: Comparison, before: Mapping[Ask, Image.Image]) -> Rulers
     whole, less = comparison.batch_size, max(1, comparison.batch_size // 6)
     again = draw_answers(base, asks, folder / "again", batch_size=less, **how)
     other = draw_answers(base, [replace(a, seed=a.seed ^ OTHER) for a in asks], folder, batch_size=whole, **how)
-    moved = (comparison.moved([before[a] for a in asks], pictures) for pictures in (again, other))
+    about, measure = comparison.ruler
+    moved = (measure([before[a] for a in asks], pictures) for pictures in (again, other))
     floor, ceiling = (drifts.mean().item() for drifts in moved)
     if ceiling <= floor:
         raise BaseModelError(f"{base.name}: draws the same pictures of any noise, so that nothing can be compared")
-    about = SECOND if comparison.maps else "pixels"
     return Rulers(floor=floor, ceiling=ceiling, n=len(asks), about=about)
 
 

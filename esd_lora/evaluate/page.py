@@ -207,6 +207,10 @@ class Evidence(_Model):
     left_out: Mapping[str, str] = Field(default_factory=dict)
     """Why an attack or a control was not to be had on this base, by its name."""
 
+    def to_bytes(self) -> bytes:
+        """The content of its file."""
+        return f"{self.model_dump_json(indent=1, by_alias=True)}\n".encode()
+
 
 class Made(_Model):
     """What a report was made by and from, to make it again."""

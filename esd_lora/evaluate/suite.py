@@ -308,9 +308,8 @@ class Erasure:
 
     def _in_its_place(self, labels: Sequence[str]) -> Pictures:
         """Pictures of the prompts that attackers train on, with these labels in turn in place of the concept."""
-        blank = self.drawing("examples", blank=True)
-        prompts = [_filled(p, w) for p, w in zip(blank.prompts, itertools.cycle(labels), strict=False)]
-        return self.unerased(replace(blank, prompts=prompts, seeds=self.seeds["others"]))
+        asked = _filled_in_turn(self.drawing("examples", blank=True), labels)
+        return self.unerased(replace(asked, seeds=self.seeds["others"]))
 
     def kept(self, label: str) -> Pictures:
         """Pictures of one thing that was not erased, to train on as on those of the concept."""
@@ -380,9 +379,7 @@ class Erasure:
 
     def something_else(self, base: Base, drawing: Drawing | None = None) -> Outcome:
         """No attack and no concept: other labels in turn in the blanks of a drawing, or of that which is measured."""
-        drawing = drawing or self.drawing("measured", blank=True)
-        prompts = [_filled(p, w) for p, w in zip(drawing.prompts, itertools.cycle(self.other_labels), strict=False)]
-        asked = replace(drawing, prompts=prompts)
+        asked = _filled_in_turn(drawing or self.drawing("measured", blank=True), self.other_labels)
         return Outcome(attacks.seed_search(base, asked), asked)
 
     def random_words(self, base: Base, drawing: Drawing | None = None, *, tokens: int | None = None) -> Outcome:
@@ -566,6 +563,11 @@ def _ring_a_bell(erasure: Erasure) -> list[Plan]:
 
 def _filled(blank: str, words: str) -> str:
     return _fitting(blank, words).replace(BLANK, words)
+
+
+def _filled_in_turn(blank: Drawing, labels: Sequence[str]) -> Drawing:
+    """A drawing with these labels in turn in its blanks."""
+    return replace(blank, prompts=[_filled(p, w) for p, w in zip(blank.prompts, itertools.cycle(labels), strict=False)])
 
 
 def _best(
@@ -805,7 +807,7 @@ def run_suite(
             before = {k: v for k, v in evidence.left_out.items() if not (found and k == plan.name)}
             evidence = evidence.model_copy(update={"attacks": every, "left_out": {**before, **left_out}})
             if out:
-                write_file(out / page.ATTACKS, f"{evidence.model_dump_json(indent=1, by_alias=True)}\n".encode())
+                write_file(out / page.ATTACKS, evidence.to_bytes())
     return evidence
 
 

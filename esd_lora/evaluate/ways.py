@@ -123,9 +123,9 @@ def patch_way(
         with attached(base, [patch], [weight]):
             pass  # what cannot be drawn is told before anything is drawn or trained
     passes = patch.info.get("cost", {}).get("forward_passes")
-    known = seconds is not None and passes is not None
-    made = {"seconds": seconds or 0, "passes": passes or 0, "bytes": patch.nbytes}
-    cost = Cost(**made, passes_per_step=_per_step(base)) if known else None
+    cost = None
+    if seconds is not None and passes is not None:
+        cost = Cost(seconds=seconds, passes=passes, bytes=patch.nbytes, passes_per_step=_per_step(base))
     told = f"{len(patch.ranks)} layers of rank {max(patch.ranks.values())}; merged into the weights it is no switch"
     method = Method(name=name, role="patch", about=told, cost=cost, digest=patch.digest)
     default = min(strengths, key=lambda weight: abs(weight - 1))
