@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from esd_lora.bases import Base, load_base, quick_dtype
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES
 from esd_lora.evaluate.answers import Answers, emoji_answers, some_of
+from esd_lora.evaluate.baselines import uce_recipe
 from esd_lora.evaluate.comparing import Comparison, Sampling, compare
 from esd_lora.evaluate.evaluators import EmojiEvaluator
 from esd_lora.evaluate.page import Group, Point, Target, make_report, points_of, write_page
@@ -121,6 +122,7 @@ class Bench:
     def setting(self) -> dict[str, Any]:
         """Whatever else must be the same for the counts of targets to stand together."""
         base, evaluator = self.base, self.evaluator
+        solved = uce_recipe(base, concept_of("cat"))
         hashes = {"base": base.fingerprint, "parts": base.parts_fingerprint, "evaluator": evaluator.digest}
         return {
             **hashes,
@@ -128,7 +130,7 @@ class Bench:
             "pictures": dict(PICTURES),
             "seeds": self.seeds,
             "ours": {name: made_by(fields) for name, fields in OURS.items()},
-            "baselines": {name: dict(numbers) for name, numbers in ON_EMOJI.items()},
+            "baselines": {**{name: dict(numbers) for name, numbers in ON_EMOJI.items()}, "uce": made_with(solved)},
         }
 
     def methods_of(self, name: str) -> Path:
@@ -176,10 +178,14 @@ def concept_of(target: str) -> Concept:
     return Concept(erase=target if target in OBJECTS else f"{target} style")
 
 
+def made_with(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe has besides its concept and its seed, the defaults of today among it."""
+    return {k: v for k, v in recipe.to_dict().items() if k not in ("concepts", "seed")}
+
+
 def made_by(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe with these fields has besides its concept and its seed, the defaults of today among it."""
-    recipe = Recipe(base="emoji", concepts=(concept_of("cat"),), **fields).to_dict()
-    return {k: v for k, v in recipe.items() if k not in ("concepts", "seed")}
+    """The same of one with these fields."""
+    return made_with(Recipe(base="emoji", concepts=(concept_of("cat"),), **fields))
 
 
 def answers_of(target: str) -> Answers:
@@ -378,11 +384,10 @@ grid: neighbours are a quarter of what is to be kept where the target has any. I
 a ninth for objects and a quarter to a third for styles; in UnlearnCanvas a twentieth and a sixth.
 
 Ours and UCE preserve what a list of everyday words names, most of the kept objects and styles among them; the authors' ESD and
-LECO preserve nothing, as ours in *nothing preserved*. UCE has the rank of our patches, 4, and not that of whole weights. The
-rates and steps of ESD and LECO were fitted to this base. The presets of Safe Latent Diffusion are in units of Stable Diffusion
-1's ε: other λ between its last two are tried as well, of the targets that the table tells, as are negative prompts of 4 and
-10. Keyed patches and UCE are solved for the concept in a few templates, of which one is that of the answers, "a {} in {}
-style": of prompts in other words they may erase less.
+LECO preserve nothing, as ours in *nothing preserved*. The rates and steps of ESD and LECO were fitted to this base. The presets
+of Safe Latent Diffusion are in units of Stable Diffusion 1's ε: other λ between its last two are tried as well, of the targets
+that the table tells, as are negative prompts of 4 and 10. Keyed patches and UCE are solved for the concept in a few templates,
+of which one is that of the answers, "a {} in {} style": of prompts in other words they may erase less.
 
 ![Erased over kept](benchmark.png)
 

@@ -6,6 +6,7 @@
     PostFilter          a classifier that blacks pictures out
     full_esd            ESD's fine-tuning of whole layers, by its authors' schedule: a second base
     leco                LECO's schedule for a LoRA: a patch
+    uce                 Unified Concept Editing, solved for: a patch of whole rank
 
 The first three are contexts in which the base's own pipeline draws otherwise; attached patches stay active in them, and
 afterwards everything is as before. They act in the pipeline alone: `Base.predict` is untouched. Without guidance they have
@@ -18,7 +19,7 @@ import copy
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from esd_lora.bases import index_path, read_json
 from esd_lora.bases.base import Base, Condition, fingerprint_of
 from esd_lora.bases.stable_diffusion import UNetBase
+from esd_lora.closed_form import closed_form_patch
 from esd_lora.emoji.evaluators import OBJECT_CLASSES, STYLE_CLASSES, Judgement, load_evaluator
 from esd_lora.emoji.vocabulary import ACCESSORY, OBJECTS, STYLES
 from esd_lora.errors import BaseModelError, RecipeError, TrainingError
@@ -39,7 +41,8 @@ from esd_lora.esd import esd_loss, esd_target
 from esd_lora.evaluate.evaluators import load_network, load_part
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, step_noise
-from esd_lora.recipe import Concept, Layers
+from esd_lora.recipe import Concept, Layers, Recipe
+from esd_lora.trajectories import default_preserve
 
 # ---- what is refused --------------------------------------------------------------------------------------------
 
@@ -598,17 +601,7 @@ def leco(
     finally:
         base.remove_adapters()
     scaled = {k: v * LECO_ALPHA / rank if ".lora_B." in k else v for k, v in state.items()}
-    return Patch(scaled, _leco_info(base, concept, passes))
-
-
-def _leco_info(base: Base, concept: str, passes: int) -> dict[str, Any]:
-    """What the patch tells about itself."""
-    return {
-        "recipe": {"concepts": [Concept(erase=concept).model_dump(mode="json", by_alias=True)]},
-        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
-        "baseline": "leco",
-        "cost": {"forward_passes": passes},
-    }
+    return Patch(scaled, _info(base, [Concept(erase=concept)], "leco", passes))
 
 
 def _add_leco_adapter(base: Base, *, layers: Layers, rank: int) -> None:
@@ -669,3 +662,58 @@ def _weights_of(base: Base, layers: Layers) -> list[nn.Parameter]:
     for weight in weights:
         weight.requires_grad_(True)
     return weights
+
+
+# ---- what is solved for ------------------------------------------------------------------------------------------
+
+
+def uce_recipe(base: Base, concept: Concept) -> Recipe:
+    """The recipe of `uce`: a closed form with the anchor itself as the target, and as many ranks as its layers have.
+
+    Args:
+        base: Whose layers are to be edited.
+        concept: Erased wherever it stands, for a word is moved whatever is beside it.
+
+    Raises:
+        RecipeError: The base has no layers that are given words.
+    """
+    everywhere = concept.model_copy(update={"from_": None})
+    solved = Recipe(base=base.name, concepts=(everywhere,), objective="closed-form", eta=0.0)
+    base.check(solved)
+    whole = max(min(base.denoiser.get_submodule(name).weight.shape) for name in base.text_layers)
+    return solved.model_copy(update={"rank": whole})
+
+
+def uce(base: Base, concept: Concept) -> Patch:
+    """The patch of Unified Concept Editing (Gandikota et al. 2024, arXiv:2308.14761, equation 7), of whole rank.
+
+        ΔW = argmin  Σ_i ‖(W + ΔW) c_i − W a_i‖²  +  μ Σ_j ‖ΔW c_j‖²  +  ρ ‖ΔW‖²
+
+    over cross-attention k and v, for tokens c_i of prompts with the concept and a_i at their places in prompts with the
+    anchor; see `esd_lora.closed_form`. The authors keep a list of prompts; here it is the recipe's prompts to preserve and
+    the vocabulary, with means for sums. They write whole weights, and nothing of ΔW is cut off here either.
+
+    Args:
+        base: The frozen model; its weights are not changed.
+        concept: What is erased, its synonyms with it, and its anchor.
+
+    Returns:
+        A patch that says what it erases; it took no pass.
+
+    Raises:
+        RecipeError: The base has no layers that are given words.
+    """
+    recipe = uce_recipe(base, concept)
+    with base.encoders_alone():
+        tensors = closed_form_patch(base, recipe.model_copy(update={"preserve": default_preserve(recipe.concepts)}))
+    return Patch(tensors, _info(base, recipe.concepts, "uce", 0))
+
+
+def _info(base: Base, concepts: Sequence[Concept], baseline: str, passes: int) -> dict[str, Any]:
+    """What a baseline's patch tells about itself."""
+    return {
+        "recipe": {"concepts": [c.model_dump(mode="json", by_alias=True) for c in concepts]},
+        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
+        "baseline": baseline,
+        "cost": {"forward_passes": passes},
+    }

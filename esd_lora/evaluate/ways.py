@@ -37,14 +37,16 @@ from esd_lora.evaluate.baselines import (
     safe_latent,
     safety_checker_filter,
     separate_negative,
+    uce,
+    uce_recipe,
 )
 from esd_lora.evaluate.controls import null_patch, random_like, scrambling_patch
 from esd_lora.evaluate.evaluators import sha256_of
 from esd_lora.evaluate.page import Cost, Method, Target
 from esd_lora.patch import Patch, load_patch, write_file
 from esd_lora.pictures import Pictures
-from esd_lora.recipe import Concept, Layers, Recipe
-from esd_lora.training import COST, read_cost, train
+from esd_lora.recipe import Concept, Layers
+from esd_lora.training import COST, read_cost
 
 
 class Setting(NamedTuple):
@@ -329,11 +331,11 @@ def _leco(subject: Subject) -> Way:
 
 
 def _uce(subject: Subject) -> Way:
-    everywhere = subject.concept.model_copy(update={"from_": None})  # as all others here erase it
-    recipe = Recipe(base=subject.base.name, concepts=(everywhere,), objective="closed-form", eta=0.0)
-    about = f"Unified Concept Editing: cross-attention k and v, solved for, cut to rank {recipe.rank}"
+    recipe = uce_recipe(subject.base, subject.concept)
+    about = "Unified Concept Editing: cross-attention k and v, solved for, nothing cut off"
     method = Method(name="UCE", role="baseline", about=about)
-    return _trained(subject, method, f"uce {recipe.model_dump_json(by_alias=True)}", partial(train, recipe))
+    make = partial(uce, concept=subject.concept)
+    return _trained(subject, method, f"uce {recipe.model_dump_json(by_alias=True)}", make)
 
 
 BASELINES: Mapping[str, Callable[[Subject], Way]] = {
