@@ -122,7 +122,7 @@ class Bench:
     def setting(self) -> dict[str, Any]:
         """Whatever else must be the same for the counts of targets to stand together."""
         base, evaluator = self.base, self.evaluator
-        solved = uce_recipe(base, concept_of("cat"))
+        solved = uce_recipe(base, [concept_of("cat")])
         hashes = {"base": base.fingerprint, "parts": base.parts_fingerprint, "evaluator": evaluator.digest}
         return {
             **hashes,

@@ -17,7 +17,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from esd_lora.closed_form import edit, edit_moments, patch_tensors
 from esd_lora.compose import stack
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES
+from esd_lora.evaluate.baselines import uce
 from esd_lora.evaluate.rates import Rate, cluster_bootstrap, rate
 from esd_lora.evaluate.scores import FIRST_SEED, Cell, draw
 from esd_lora.fusing import fuse
@@ -76,7 +77,6 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "keyed, kept weight 20": {**FAR, "preserve_weight": 20.0},
     "keyed, trained": {**FAR, "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0},
     "keyed, trained and preserved": {**FAR, "objective": "paper", "lr": 2e-2},
-    "uce": {"objective": "closed-form", "eta": 0.0},
     "learned": {**RANDOM, "preserve_weight": 0.0},
     "preserved": {**RANDOM},
     "preserved, from directions": {**DIRECTIONS},
@@ -136,8 +136,7 @@ def without_words(base: Base, concepts: Sequence[str]) -> list[Patch]:
     missing = set().union(*(stems(form) for name in LEFT_OUT for form in (name, *OBJECTS[name])))
     words = [w for w in words_of(base) if not stems(w) & missing]
     made = []
-    for concept in concepts:
-        named = Concept.model_validate(named_as(concept))
+    for named in concepts_of(concepts):
         recipe = Recipe(base="emoji", concepts=(named,), **FAR)
         own = named_words([named])
         kept = mean_moment(base, [p for p in prompts_of(words) if not stems(p) & own])
@@ -146,9 +145,14 @@ def without_words(base: Base, concepts: Sequence[str]) -> list[Patch]:
     return made
 
 
+def concepts_of(names: Iterable[str]) -> list[Concept]:
+    """These as a recipe has them."""
+    return [Concept.model_validate(named_as(name)) for name in names]
+
+
 def made_with(base: Base, concepts: Sequence[str], *, ridge: float = keys.RIDGE, **constants: Any) -> list[Patch]:
     """Keyed patches, with η = 2 and these constants in the place of the package's."""
-    recipes = [Recipe(base="emoji", concepts=(Concept.model_validate(named_as(c)),), **FAR) for c in concepts]
+    recipes = [Recipe(base="emoji", concepts=(concept,), **FAR) for concept in concepts_of(concepts)]
     with ExitStack() as changed:
         for function in (generalised_keys, edit):
             changed.enter_context(mock.patch.dict(function.__kwdefaults__, ridge=ridge))
@@ -209,6 +213,8 @@ def ways_of(base: Base, order: Sequence[str], seed: int, folder: Path) -> Mappin
         **{kind: (single(kind), stack) for kind in KINDS},
         **{way: (partial(made_with, base, order, **changed), stack) for way, changed in MADE_WITH.items()},
         "words left out": (lambda: without_words(base, order), stack),
+        "uce": (lambda: [uce(base, [concept]) for concept in concepts_of(order)], stack),
+        "uce, one edit": (lambda: [uce(base, concepts_of(order))], stack),
         "fused": (single("learned"), partial(fuse, base)),
         **{f"fused {kind}": (single(kind), partial(fuse, base)) for kind in FUSED},
         "ties": (single("learned"), partial(sparse, ties)),
@@ -229,6 +235,7 @@ CURVES = (
     "keyed",
     "keyed, eta 2",
     "uce",
+    "uce, one edit",
     "learned",
     "preserved",
     "fused",
@@ -408,7 +415,7 @@ By `python examples/stacking.py`, of [stacking.json](stacking.json). Per cent wi
 wider, of drawing orders of the concepts anew, and names within each (of three orders too narrow still). k: patches together;
 n: pictures that ask for an erased concept, of one order and one training seed where there are 134 or 400, of three where
 there are 402; *most of one*: the erased concept that is left most often. As many ask for nothing that is erased; *neighbours
-kept* are those of them that ask for what is like an erased concept.
+kept* are those of them that ask for what is like an erased concept. *uce* is that of `esd-lora eval`, of whole rank.
 """
 
 

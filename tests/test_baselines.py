@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import same, weights_of
+from conftest import RecipeOf, same, weights_of
 from diffusers import (
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -28,6 +28,7 @@ from tiny import NOISE, TINY, checked_by, tiny_flux, tiny_pipeline, tiny_sd3, ti
 from torch import Tensor
 
 from esd_lora.bases import Base, base_of
+from esd_lora.closed_form import edit_moments
 from esd_lora.compose import attach, check_fits
 from esd_lora.emoji.evaluators import OBJECT_CLASSES, STYLE_CLASSES, load_evaluator
 from esd_lora.errors import BaseModelError, RecipeError, TrainingError
@@ -45,10 +46,13 @@ from esd_lora.evaluate.baselines import (
     safety_checker_filter,
     safety_guidance,
     separate_negative,
+    uce,
 )
+from esd_lora.keys import RIDGE, kept_moment, ridged
 from esd_lora.patch import Patch, load_patch
 from esd_lora.pictures import Pictures, generate
-from esd_lora.recipe import Layers
+from esd_lora.recipe import Concept, Layers, Recipe
+from esd_lora.trajectories import default_preserve
 
 STEPS, SCALE = 5, 7.5
 
@@ -682,6 +686,23 @@ def test_both_take_adapters_off_and_leave_none(base: Base, patch: Patch) -> None
     with pytest.raises(KeyboardInterrupt):
         leco(base, "cat", iterations=2, trajectory_steps=2, on_step=stop)
     assert same(weights_of(base), before)
+
+
+def test_uce_is_the_least_squares_edit_of_whole_weights(base: Base, recipe_of: RecipeOf) -> None:
+    told = recipe_of(objective="closed-form", eta=0.0, concepts=["cat", "dog"])
+    before = weights_of(base)
+    made = uce(base, [Concept.model_validate({"erase": "cat", "from": "a cat in neon style"}), Concept(erase="dog")])
+    assert same(weights_of(base), before)
+    hit, move = edit_moments(base, told)
+    kept = told.preserve_weight * kept_moment(base, told.concepts, default_preserve(told.concepts))
+    total = ridged(hit + kept, RIDGE)
+    for name in base.text_layers:
+        weight = base.denoiser.get_submodule(name).weight.double()
+        change = weight @ move @ torch.linalg.inv(total)
+        up, down = (made.tensors[f"unet.{name}.lora_{x}.weight"].double() for x in "BA")
+        assert torch.linalg.matrix_rank(change) > Recipe.model_fields["rank"].default  # so that a cut would show
+        near = 1e-6 * change.abs().max().item()  # of float32, in which it is stored
+        torch.testing.assert_close(up @ down, change, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("train", [full_esd, leco])

@@ -667,35 +667,35 @@ def _weights_of(base: Base, layers: Layers) -> list[nn.Parameter]:
 # ---- what is solved for ------------------------------------------------------------------------------------------
 
 
-def uce_recipe(base: Base, concept: Concept) -> Recipe:
+def uce_recipe(base: Base, concepts: Sequence[Concept]) -> Recipe:
     """The recipe of `uce`: a closed form with the anchor itself as the target, and as many ranks as its layers have.
 
     Args:
         base: Whose layers are to be edited.
-        concept: Erased wherever it stands, for a word is moved whatever is beside it.
+        concepts: Each erased wherever it stands, for a word is moved whatever is beside it.
 
     Raises:
         RecipeError: The base has no layers that are given words.
     """
-    everywhere = concept.model_copy(update={"from_": None})
-    solved = Recipe(base=base.name, concepts=(everywhere,), objective="closed-form", eta=0.0)
+    everywhere = tuple(concept.model_copy(update={"from_": None}) for concept in concepts)
+    solved = Recipe(base=base.name, concepts=everywhere, objective="closed-form", eta=0.0)
     base.check(solved)
     whole = max(min(base.denoiser.get_submodule(name).weight.shape) for name in base.text_layers)
     return solved.model_copy(update={"rank": whole})
 
 
-def uce(base: Base, concept: Concept) -> Patch:
+def uce(base: Base, concepts: Sequence[Concept]) -> Patch:
     """The patch of Unified Concept Editing (Gandikota et al. 2024, arXiv:2308.14761, equation 7), of whole rank.
 
         ΔW = argmin  Σ_i ‖(W + ΔW) c_i − W a_i‖²  +  μ Σ_j ‖ΔW c_j‖²  +  ρ ‖ΔW‖²
 
-    over cross-attention k and v, for tokens c_i of prompts with the concept and a_i at their places in prompts with the
+    over cross-attention k and v, for tokens c_i of prompts with a concept and a_i at their places in prompts with the
     anchor; see `esd_lora.closed_form`. The authors keep a list of prompts; here it is the recipe's prompts to preserve and
     the vocabulary, with means for sums. They write whole weights, and nothing of ΔW is cut off here either.
 
     Args:
         base: The frozen model; its weights are not changed.
-        concept: What is erased, its synonyms with it, and its anchor.
+        concepts: What is erased by one edit, synonyms with it, each with its anchor.
 
     Returns:
         A patch that says what it erases; it took no pass.
@@ -703,7 +703,7 @@ def uce(base: Base, concept: Concept) -> Patch:
     Raises:
         RecipeError: The base has no layers that are given words.
     """
-    recipe = uce_recipe(base, concept)
+    recipe = uce_recipe(base, concepts)
     with base.encoders_alone():
         tensors = closed_form_patch(base, recipe.model_copy(update={"preserve": default_preserve(recipe.concepts)}))
     return Patch(tensors, _info(base, recipe.concepts, "uce", 0))

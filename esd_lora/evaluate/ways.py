@@ -331,10 +331,10 @@ def _leco(subject: Subject) -> Way:
 
 
 def _uce(subject: Subject) -> Way:
-    recipe = uce_recipe(subject.base, subject.concept)
+    recipe = uce_recipe(subject.base, [subject.concept])
     about = "Unified Concept Editing: cross-attention k and v, solved for, nothing cut off"
     method = Method(name="UCE", role="baseline", about=about)
-    make = partial(uce, concept=subject.concept)
+    make = partial(uce, concepts=[subject.concept])
     return _trained(subject, method, f"uce {recipe.model_dump_json(by_alias=True)}", make)
 
 
