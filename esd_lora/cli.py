@@ -989,18 +989,12 @@ def _place(reference: str) -> Path:
     return place_of(reference)
 
 
-def _base(name: str, *, revision: str | None = None, **how: Any) -> Base:
-    """The base model, with the libraries silent from now on; see `load_base`.
-
-    Raises:
-        RecipeError: A revision of a base that has none.
-    """
-    if revision and (name == "emoji" or Path(name).exists()):
-        raise RecipeError(f"{name}: has no revisions, as a base on the Hub has; leave revision {revision} out")
+def _base(name: str, **how: Any) -> Base:
+    """The base model, with the libraries silent from now on; see `load_base`."""
     _quiet_libraries()
     from esd_lora.bases import load_base
 
-    return load_base(name, revision=revision, **how)
+    return load_base(name, **how)
 
 
 def _facts(patch: Patch | Outline) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -283,6 +284,13 @@ def test_a_base_that_is_not_there_is_named(name: str, message: str, tmp_path: Pa
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("asked", [load_base, facts_of])
+def test_a_revision_of_what_has_none_is_refused(asked: Callable[..., object], tiny_folder: Path) -> None:
+    for name in ("emoji", str(tiny_folder)):
+        with pytest.raises(RecipeError, match=r": has no revisions, as a base on the Hub has; leave revision v2 out$"):
+            asked(name, revision="v2")
+
+
 @pytest.mark.parametrize("kind", [hub_errors.HTTPError, RuntimeError])  # the latter is hf_xet's
 def test_a_connection_that_breaks_off_is_one_line(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -411,8 +419,7 @@ def test_a_folder_has_no_revision_and_the_hubs_cache_has(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "snapshots" / "sd15"))
-    for revision in (None, "main"):
-        assert load_base(str(folder), revision=revision, device="cpu").revision is None
+    assert load_base(str(folder), device="cpu").revision is None
     commit = Path(shutil.copytree(tiny_folder, tmp_path / "models--someone--tiny" / "snapshots" / "c0ffee"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, *, revision: str(commit / file))
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *_, **how: tiny_pipeline())

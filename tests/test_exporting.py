@@ -22,7 +22,7 @@ from torch import Tensor
 from esd_lora.bases.facts import facts_of
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.compose import stack
-from esd_lora.errors import BaseModelError, PatchError
+from esd_lora.errors import BaseModelError, PatchError, RecipeError
 from esd_lora.exporting import architecture_of, export, import_lora, layers_of
 from esd_lora.patch import FILE_NAME, Patch, load_patch
 
@@ -242,7 +242,7 @@ def test_other_programs_files_are_read_with_their_alpha(
 ) -> None:
     theirs = tmp_path / "theirs.safetensors"
     save_file(names, theirs)
-    patch, left_out = import_lora(theirs, str(tiny_folder), revision="main", erase=["cat", "dog"])
+    patch, left_out = import_lora(theirs, str(tiny_folder), erase=["cat", "dog"])
     assert left_out == []
     assert torch.equal(delta(patch), (UP * scale) @ DOWN)  # a power of two costs no rounding
     assert torch.equal(patch.tensors[f"unet.{LAYER}.lora_A.weight"], DOWN)
@@ -369,6 +369,10 @@ def test_a_missing_file_and_a_missing_base_are_named(tmp_path: Path) -> None:
     save_file(kohya(), "lora.safetensors")
     with pytest.raises(BaseModelError, match=r"^nowhere: neither"):
         import_lora(Path("lora.safetensors"), "nowhere")
+    with pytest.raises(
+        RecipeError, match=r"^emoji: has no revisions, as a base on the Hub has; leave revision v2 out$"
+    ):
+        import_lora(Path("lora.safetensors"), "emoji", revision="v2")
 
 
 def test_a_patch_of_a_base_that_they_do_not_load_is_written_with_a_warning(patch: Patch, tiny_folder: Path) -> None:

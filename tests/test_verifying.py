@@ -204,6 +204,7 @@ def test_a_patch_for_other_weights_or_other_layers_of_emoji_is_named(measured: P
     [
         (None, None, "the patch names no base"),
         ("{tiny}", True, "{tiny} has all of its layers; its weights were not looked at"),
+        ("{tiny}@main", None, "{tiny}: has no revisions"),  # a folder here that is called as what the patch is for
         (
             "stable-diffusion-v1-5/stable-diffusion-v1-5",
             False,
@@ -214,8 +215,9 @@ def test_a_patch_for_other_weights_or_other_layers_of_emoji_is_named(measured: P
 def test_of_other_bases_the_layers_are_checked_and_nothing_is_measured(
     base: str | None, ok: bool | None, found: str, patch: Patch, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    name = base and base.format(tiny=tiny_folder)
-    replace(patch, info={**patch.info, "base": {"name": name} if name else {}}).save(tmp_path)
+    name, _, revision = (base or "").format(tiny=tiny_folder).partition("@")
+    told = {"name": name, "revision": revision or None} if name else {}
+    replace(patch, info={**patch.info, "base": told}).save(tmp_path)
     made = verify(str(tmp_path))
     checks: dict[str, Any] = {c.what: c for c in made.checks}
     assert checks["base"].ok is ok

@@ -21,7 +21,7 @@ from esd_lora.bases.single_file import SingleFile, single_file
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.bases.stable_diffusion_xl import StableDiffusionXLBase
 from esd_lora.bases.transformers import FluxBase, StableDiffusion3Base
-from esd_lora.errors import BaseModelError, unwritable
+from esd_lora.errors import BaseModelError, RecipeError, unwritable
 from esd_lora.recipe import DType
 
 __all__ = ["Base", "Condition", "base_of", "load_base", "local_file", "pick_device", "quick_dtype"]
@@ -57,7 +57,9 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
 
     Raises:
         BaseModelError: Nothing there, not a text-to-image pipeline of a known family, or no such device.
+        RecipeError: A revision of a folder or a file.
     """
+    check_revision(name, revision)
     where = pick_device(device)
     if dtype == "bf16" and where.type == "cpu" and quick_dtype("cpu") == "fp32":
         warnings.warn(
@@ -161,6 +163,16 @@ def quick_dtype(device: str | None = None) -> DType:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     kernels = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in builds without oneDNN
     return "bf16" if where.type == "cpu" and kernels and kernels() else "fp32"
+
+
+def check_revision(name: str, revision: str | None) -> None:
+    """Nothing, if a base has revisions or none is asked for.
+
+    Raises:
+        RecipeError: It is `emoji`, a folder or a file.
+    """
+    if revision and (name == "emoji" or Path(name).exists()):
+        raise RecipeError(f"{name}: has no revisions, as a base on the Hub has; leave revision {revision} out")
 
 
 def index_path(name: str, source: str, revision: str | None) -> Path:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from esd_lora.bases import BROKEN, EMOJI, family_of, from_hub, index_path, read_json, reason_of
+from esd_lora.bases import BROKEN, EMOJI, check_revision, family_of, from_hub, index_path, read_json, reason_of
 from esd_lora.bases.single_file import single_file
 from esd_lora.errors import BaseModelError
 
@@ -52,7 +52,9 @@ def facts_of(name: str, revision: str | None = None) -> Facts:
 
     Raises:
         BaseModelError: The base is not found, out of reach, or not a pipeline of a known family.
+        RecipeError: A revision of a folder or a file.
     """
+    check_revision(name, revision)
     if Path(name).is_file():
         file = single_file(Path(name))
         facts = facts_of(file.like)

@@ -21,11 +21,10 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import esd_lora
-from esd_lora.bases import first_line, from_hub
+from esd_lora.bases import BROKEN, first_line, from_hub, reason_of
 from esd_lora.emoji.evaluators import OBJECT_CLASSES, STYLE_CLASSES, load_evaluator
 from esd_lora.emoji.vocabulary import ACCESSORY
 from esd_lora.errors import BaseModelError, RecipeError
@@ -363,10 +362,6 @@ def _weights_of(evaluator: str, model: str) -> tuple[Path, str, str]:
     return folder, sha256_of(*files), f"transformers {transformers.__version__}"
 
 
-_BROKEN = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
-"""What transformers raises for a folder that is not what it should be."""
-
-
 def load_network(whose: str, kind: Any, where: Path | str, **how: Any) -> Any:
     """A network of transformers, frozen, in float32.
 
@@ -383,8 +378,8 @@ def load_network(whose: str, kind: Any, where: Path | str, **how: Any) -> Any:
         network, report = kind.from_pretrained(
             where, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **how
         )
-    except _BROKEN as error:
-        raise BaseModelError(f"{whose}: cannot be loaded: {first_line(error)}") from error
+    except BROKEN as error:
+        raise BaseModelError(f"{whose}: cannot be loaded: {reason_of(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise BaseModelError(f"{whose}: its weights lack {missing[0]}, which {kind.__name__} needs")
     return network.requires_grad_(False)
@@ -398,8 +393,8 @@ def load_part(whose: str, kind: Any, where: Path | str, **how: Any) -> Any:
     """
     try:
         return kind.from_pretrained(where, **how)
-    except _BROKEN as error:
-        raise BaseModelError(f"{whose}: cannot load its {kind.__name__}: {first_line(error)}") from error
+    except BROKEN as error:
+        raise BaseModelError(f"{whose}: cannot load its {kind.__name__}: {reason_of(error)}") from error
 
 
 def sha256_of(*files: Path) -> str:
