@@ -259,6 +259,15 @@ def settings(rows: Rows, kind: str) -> dict[tuple[str, str], list[Mapping[str, A
     return groups
 
 
+def settings_of_all(rows: Rows, kind: str) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """The same without strengths that only some of a method's targets have, which cannot stand beside its others."""
+    groups = settings(rows, kind)
+    targets: dict[str, set[str]] = {}
+    for (method, _), some in groups.items():
+        targets.setdefault(method, set()).update(r["target"] for r in some)
+    return {key: some for key, some in groups.items() if {r["target"] for r in some} == targets[key[0]]}
+
+
 def table(rows: Rows) -> list[str]:
     """Markdown: every method at every strength, for objects and for styles."""
     rates = ("UA", "IRA", "CRA", "at target", "near")
@@ -289,7 +298,7 @@ COMPARED = {"esd_lora": "the defaults", "esd_lora, keyed": "keyed"}
 def best_of(rows: Rows, kind: str) -> dict[str, tuple[str, list[Mapping[str, Any]]]]:
     """Of every method the strength that keeps most, among those that erase enough; its label and rows."""
     enough: dict[str, list[tuple[float, str, list[Mapping[str, Any]]]]] = {}
-    for (method, label), some in settings(rows, kind).items():
+    for (method, label), some in settings_of_all(rows, kind).items():
         erased, kept = mean(some, "UA"), mean(some, "kept")
         if erased and kept and erased.value >= ERASED:
             enough.setdefault(method, []).append((kept.value, label, some))
@@ -344,7 +353,7 @@ def plot(rows: Rows, path: Path) -> None:
     colors = dict(zip(methods, matplotlib.colormaps["tab20"].colors, strict=False))
     for axes, kind in zip(figure.subplots(1, 2), ("object", "style"), strict=True):
         lines: dict[str, list[tuple[Rate, Rate]]] = {}
-        for (method, _), some in settings(rows, kind).items():
+        for (method, _), some in settings_of_all(rows, kind).items():
             kept, erased = mean(some, "kept"), mean(some, "UA")
             if method in colors and kept and erased:
                 lines.setdefault(method, []).append((kept, erased))
@@ -385,9 +394,10 @@ a ninth for objects and a quarter to a third for styles; in UnlearnCanvas a twen
 
 Ours and UCE preserve what a list of everyday words names, most of the kept objects and styles among them; the authors' ESD and
 LECO preserve nothing, as ours in *nothing preserved*. The rates and steps of ESD and LECO were fitted to this base. The presets
-of Safe Latent Diffusion are in units of Stable Diffusion 1's ε: other λ between its last two are tried as well, of the targets
-that the table tells, as are negative prompts of 4 and 10. Keyed patches and UCE are solved for the concept in a few templates,
-of which one is that of the answers, "a {} in {} style": of prompts in other words they may erase less.
+of Safe Latent Diffusion are in units of Stable Diffusion 1's ε: other λ between its last two are tried as well, as are negative
+prompts of 4 and 10, of some targets, which the last table tells; strengths that not all of a method's targets have are in that
+table alone. Keyed patches and UCE are solved for the concept in a few templates, of which one is that of the answers, "a {} in
+{} style": of prompts in other words they may erase less.
 
 ![Erased over kept](benchmark.png)
 

@@ -77,6 +77,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "keyed, kept weight 20": {**FAR, "preserve_weight": 20.0},
     "keyed, trained": {**FAR, "objective": "paper", "lr": 2e-2, "preserve_weight": 0.0},
     "keyed, trained and preserved": {**FAR, "objective": "paper", "lr": 2e-2},
+    "closed form": {"objective": "closed-form", "eta": 0.0},
     "learned": {**RANDOM, "preserve_weight": 0.0},
     "preserved": {**RANDOM},
     "preserved, from directions": {**DIRECTIONS},

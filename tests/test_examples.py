@@ -354,6 +354,7 @@ def test_methods_are_compared_at_the_strength_that_keeps_most_and_erases_enough(
             ("weak", 1, 94, 100, 0),
         )
     ]
+    rows.append(row("cat", "other", 1.2, 100, 100))  # the best by far, but of the cat alone
     lines = [line.split(" | ") for line in benchmark.matched(rows)[2:]]
     assert [line[1] for line in lines] == ["esd_lora weight 1", "esd_lora, keyed weight 1", "other weight 1", "weak"]
     assert [line[3].split(" ")[0] for line in lines[:3]] == ["93.0", "89.0", "83.0"]
