@@ -452,7 +452,7 @@ def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
             errors = [[r.value - r.low for r in rates], [r.high - r.value for r in rates]]
             style: dict[str, Any] = {"color": "black", "linestyle": ":"} if way == "base" else {}
             style |= {"linewidth": 3} if way == "keyed" else {}
-            axes.errorbar(list(by_k), [r.value for r in rates], errors, label=way, capsize=2, **style)
+            axes.errorbar(list(by_k), [r.value for r in rates], errors, label=way, marker=".", capsize=2, **style)
         ks = sorted({row["k"] for row in found})
         axes.set(title=title, xscale="log", xlabel="patches put together", ylim=(-0.03, 1.03))
         axes.set_xticks(ks, [str(k) for k in ks])
