@@ -42,7 +42,7 @@ from esd_lora.evaluate.evaluators import load_network, load_part
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, step_noise
 from esd_lora.recipe import Concept, Layers, Recipe
-from esd_lora.trajectories import default_preserve
+from esd_lora.training import resolve
 
 # ---- what is refused --------------------------------------------------------------------------------------------
 
@@ -705,7 +705,7 @@ def uce(base: Base, concepts: Sequence[Concept]) -> Patch:
     """
     recipe = uce_recipe(base, concepts)
     with base.encoders_alone():
-        tensors = closed_form_patch(base, recipe.model_copy(update={"preserve": default_preserve(recipe.concepts)}))
+        tensors = closed_form_patch(base, resolve(recipe))
     return Patch(tensors, _info(base, recipe.concepts, "uce", 0))
 
 
