@@ -26,7 +26,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from esd_lora.bases import FAMILIES, check_revision, commit_of, index_path
+from esd_lora.bases import FAMILIES, commit_of, index_path
 from esd_lora.bases.facts import facts_of, on_meta
 from esd_lora.card import LICENCES, for_others
 from esd_lora.errors import BaseModelError, PatchError
@@ -130,12 +130,7 @@ def layers_of(base: str, revision: str | None = None) -> dict[str, tuple[int, in
 
 
 def _commit_of(base: str, revision: str | None) -> str | None:
-    """The commit that the revision of a Hub id means today, where that can be had; by it a card knows that it is one.
-
-    Raises:
-        RecipeError: The base is a folder or a file, and has none.
-    """
-    check_revision(base, revision)
+    """The commit that the revision of a Hub id means today, where that can be had; by it a card knows that it is one."""
     if base == "emoji" or Path(base).exists():
         return None
     if base not in LICENCES:

@@ -17,7 +17,7 @@ from esd_lora.bases import Base, load_base, quick_dtype
 from esd_lora.card import WORST, attack_rows, evidence_of, rates_of, results_of, rows_of, scores_of, target_of
 from esd_lora.compose import check_fits
 from esd_lora.emoji.evaluators import load_evaluator
-from esd_lora.errors import BaseModelError, PatchError, RecipeError, RepositoryError
+from esd_lora.errors import BaseModelError, PatchError, RepositoryError
 from esd_lora.evaluate.page import ATTACKS
 from esd_lora.evaluate.rates import Rate, wilson
 from esd_lora.evaluate.scores import AttributeScores, Scores, draw, score, score_attribute
@@ -209,7 +209,7 @@ def _check_layers(patch: Patch) -> Check:
         return Check("base", None, "the patch names no base")
     try:
         have = layers_of(name, revision)
-    except (BaseModelError, RecipeError) as error:  # the latter where a folder here is called as the base on the Hub
+    except BaseModelError as error:
         return Check("base", None, str(error))
     wrong = [n for n, shape in patch.shapes.items() if have.get(n) != shape]
     if wrong:

@@ -287,7 +287,9 @@ def test_a_base_that_is_not_there_is_named(name: str, message: str, tmp_path: Pa
 @pytest.mark.parametrize("asked", [load_base, facts_of])
 def test_a_revision_of_what_has_none_is_refused(asked: Callable[..., object], tiny_folder: Path) -> None:
     for name in ("emoji", str(tiny_folder)):
-        with pytest.raises(RecipeError, match=r": has no revisions, as a base on the Hub has; leave revision v2 out$"):
+        with pytest.raises(
+            BaseModelError, match=r": has no revisions, as a base on the Hub has; leave revision v2 out$"
+        ):
             asked(name, revision="v2")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from esd_lora.bases.facts import facts_of
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.compose import stack
-from esd_lora.errors import BaseModelError, PatchError, RecipeError
+from esd_lora.errors import BaseModelError, PatchError
 from esd_lora.exporting import architecture_of, export, import_lora, layers_of
 from esd_lora.patch import FILE_NAME, Patch, load_patch
 
@@ -163,9 +163,13 @@ def test_the_header_tells_a1111_which_models_have_it(base: str, version: str, v2
 
 
 def test_self_attention_that_two_versions_have_is_told_by_its_base() -> None:
-    for base, version in ((SD15, "sd_v1"), (SD21, "sd_v2"), ("of/no one knows", "sd_v1")):
+    here = "of/no one but a folder here"  # which has no revisions, as what the patch was made for on the Hub has
+    Path(here).mkdir(parents=True)
+    for base, version in ((SD15, "sd_v1"), (SD21, "sd_v2"), ("of/no one knows", "sd_v1"), (here, "sd_v1")):
         patch = patch_for(SD21, "esd-u") if base == SD21 else patch_for(SD15, "esd-u")
-        built = architecture_of(replace(patch, info={"base": {"name": base}}))
+        built = architecture_of(
+            replace(patch, info={"base": {"name": base, "revision": "main" if base == here else None}})
+        )
         assert built is not None
         assert built.version == version
 
@@ -370,7 +374,7 @@ def test_a_missing_file_and_a_missing_base_are_named(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"^nowhere: neither"):
         import_lora(Path("lora.safetensors"), "nowhere")
     with pytest.raises(
-        RecipeError, match=r"^emoji: has no revisions, as a base on the Hub has; leave revision v2 out$"
+        BaseModelError, match=r"^emoji: has no revisions, as a base on the Hub has; leave revision v2 out$"
     ):
         import_lora(Path("lora.safetensors"), "emoji", revision="v2")
 

@@ -21,7 +21,7 @@ from esd_lora.bases.single_file import SingleFile, single_file
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.bases.stable_diffusion_xl import StableDiffusionXLBase
 from esd_lora.bases.transformers import FluxBase, StableDiffusion3Base
-from esd_lora.errors import BaseModelError, RecipeError, unwritable
+from esd_lora.errors import BaseModelError, unwritable
 from esd_lora.recipe import DType
 
 __all__ = ["Base", "Condition", "base_of", "load_base", "local_file", "pick_device", "quick_dtype"]
@@ -56,8 +56,8 @@ def load_base(name: str, *, revision: str | None = None, device: str | None = No
         dtype: Precision of the weights; see `quick_dtype`.
 
     Raises:
-        BaseModelError: Nothing there, not a text-to-image pipeline of a known family, or no such device.
-        RecipeError: A revision of a folder or a file.
+        BaseModelError: Nothing there, not a text-to-image pipeline of a known family, no such device, or a revision of what
+            has none.
     """
     check_revision(name, revision)
     where = pick_device(device)
@@ -169,10 +169,10 @@ def check_revision(name: str, revision: str | None) -> None:
     """Nothing, if a base has revisions or none is asked for.
 
     Raises:
-        RecipeError: It is `emoji`, a folder or a file.
+        BaseModelError: It is `emoji`, a folder or a file.
     """
     if revision and (name == "emoji" or Path(name).exists()):
-        raise RecipeError(f"{name}: has no revisions, as a base on the Hub has; leave revision {revision} out")
+        raise BaseModelError(f"{name}: has no revisions, as a base on the Hub has; leave revision {revision} out")
 
 
 def index_path(name: str, source: str, revision: str | None) -> Path:

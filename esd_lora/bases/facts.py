@@ -51,8 +51,8 @@ def facts_of(name: str, revision: str | None = None) -> Facts:
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        BaseModelError: The base is not found, out of reach, or not a pipeline of a known family.
-        RecipeError: A revision of a folder or a file.
+        BaseModelError: The base is not found, out of reach, not a pipeline of a known family, or a folder or file, and a
+            revision is asked for.
     """
     check_revision(name, revision)
     if Path(name).is_file():
