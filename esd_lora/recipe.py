@@ -198,6 +198,10 @@ class Recipe(BaseModel):
         for i, concept in enumerate(self.concepts):
             if concept in self.concepts[:i]:
                 raise ValueError(f"concepts: {concept.erase!r} comes twice")
+        erased = {words.lower() for c in self.concepts if not c.from_ for words in (c.erase, *c.synonyms)}
+        for prompt in self.preserve or ():
+            if prompt.strip().lower() in erased:
+                raise ValueError(f"preserve: {prompt!r} is what is to be erased; leave it out")
         if self.warmup_steps and self.lr_schedule == "constant":
             raise ValueError("warmup_steps: lr_schedule constant has no warm-up; use constant_with_warmup")
         if self.keys == "closed-form" and self.layers == "esd-u":

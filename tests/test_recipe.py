@@ -184,6 +184,11 @@ def test_a_recipe_cannot_be_changed() -> None:
         ),
         ({"concepts": []}, "recipe: concepts: name at least one"),
         ({"concepts": ["cat", "dog", "cat"]}, "recipe: concepts: 'cat' comes twice"),
+        ({"preserve": ["dog", " Cat"]}, "recipe: preserve: ' Cat' is what is to be erased; leave it out"),
+        (
+            {"concepts": {"erase": "cat", "synonyms": "kitty"}, "preserve": "kitty"},
+            "recipe: preserve: 'kitty' is what is to be erased; leave it out",
+        ),
         ({"concepts": {"erase": "cat", "from": " "}}, "recipe: concepts.0.from: must not be empty"),
         ({"concepts": {"erase": "cat", "replace_with": ""}}, "recipe: concepts.0.replace_with: must not be empty"),
         (
