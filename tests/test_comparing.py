@@ -515,7 +515,7 @@ def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, ca
     answers = {"target": {"kind": "object", "label": "cat"}, "prompts": entries}
     Path("set.yaml").write_text(yaml.safe_dump(answers))
     asked = ["--base", "emoji", "--patch", cat_on_emoji, "--answers", "set.yaml", "--steps", 10, "--out", "report"]
-    told = call("eval", *asked, "--against", "filter", "--against", "negative-prompt", "--quiet")
+    told = call("eval", *asked, "--weight", 1, "--against", "filter", "--quiet")
     assert (told.code, told.err) == (0, "")
     assert "report/report.html" in told.out
     report = make_report(json.loads(Path("report/report.json").read_text()))
