@@ -168,6 +168,23 @@ def test_a_csv_has_the_columns_of_the_field(text: str, asks: list[Ask]) -> None:
     assert read_answers(saved("some.csv", text)) == Answers(tuple(asks))
 
 
+def test_what_the_fields_own_files_have_too_much_is_left_out_and_told() -> None:
+    """I2P has a row without a prompt and pictures that come again, one of another guidance; UCE's Imagenette more of these."""
+    rows = ["tench,1174,7.5,tench", "tench,1174,9,tench", " ,7,7.5,tench", "cod,1174,7.5,tench", "tench,1175,7.5,tench"]
+    path = saved("some.csv", "\n".join(["prompt,evaluation_seed,evaluation_guidance,class", *rows]))
+    with pytest.warns(UserWarning, match="left out") as told:
+        found = read_answers(path)
+    assert [(ask.prompt, ask.seed, ask.guidance_scale) for ask in found.asks] == [
+        ("tench", 1174, 7.5),
+        ("cod", 1174, 7.5),
+        ("tench", 1175, 7.5),
+    ]
+    assert [str(w.message) for w in told] == [
+        "some.csv: left out 1 row without a prompt, line 4",
+        "some.csv: left out 1 picture of a prompt and seed that come again",
+    ]
+
+
 def test_a_target_that_is_named_makes_the_groups_of_a_csv() -> None:
     path = saved("some.csv", "prompt,evaluation_seed,class\nImage of church,1,church\nImage of tench,2,tench\n")
     found = read_answers(path, target=CHURCH)
@@ -278,8 +295,8 @@ def test_a_yaml_file_that_is_wrong_is_told_so(values: dict[str, Any], message: s
         ("a.yaml", "prompts: [", "a.yaml, line 1: not YAML: expected the node content, but found '<stream end>'"),
         ("a.csv", "", "a.csv: no column prompt or caption; there are: none"),
         ("a.csv", "words,seed\na,1\n", "a.csv: no column prompt or caption; there are: words, seed"),
-        ("a.csv", "prompt,seed\n", "a.csv: no rows"),
-        ("a.csv", "prompt,seed\na,1\n ,2\n", "a.csv: line 3: prompt: missing"),
+        ("a.csv", "prompt,seed\n", "a.csv: no rows with a prompt"),
+        ("a.csv", "prompt,seed\n,1\n ,2\n", "a.csv: no rows with a prompt"),
         (
             "a.csv",
             "prompt,seed\na cat, sitting,1\n",

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -266,6 +267,9 @@ def read_answers(path: str | Path, *, target: Target | None = None) -> Answers:
     `concept`, whose labels are of the kinds object, style and concept. Only the first is needed, and other columns do not
     count. Labels are compared letter by letter: "Van Gogh" is not "Vincent van Gogh".
 
+    What the field's own files have beside that is left out, with a warning: rows without a prompt, and pictures that come
+    again, of which the first counts.
+
     Args:
         path: Of the file; one that does not end in `.csv` is YAML.
         target: What was erased, where the file does not say; a CSV by itself cannot say it.
@@ -291,11 +295,26 @@ def read_answers(path: str | Path, *, target: Target | None = None) -> Answers:
             problems.append(f"{place}: {error}")
     if problems:
         raise _refused(path, problems)
-    answers = Answers(tuple(asks), document.target)
+    answers = Answers(_once(asks, path), document.target)
     if (erased := answers.target) and not any(ask.group == "target" for ask in asks):
         known = ", ".join(answers.kinds.get(erased.kind, ())[:SHOWN]) or "none"
         raise RecipeError(f"{path}: no prompt wants the {erased.kind} {erased.label}; of this kind there are: {known}")
     return answers
+
+
+def _once(asks: Sequence[Ask], path: Path) -> tuple[Ask, ...]:
+    """The asks without those that ask again for a picture of the same prompt, seed, labels and group."""
+    first: dict[tuple[Any, ...], Ask] = {}
+    for ask in asks:
+        first.setdefault((ask.prompt, ask.seed, ask.group, *sorted(ask.wanted.items())), ask)
+    if again := len(asks) - len(first):
+        told = f"left out {_counted(again, 'picture')} of a prompt and seed that come again"
+        warnings.warn(f"{path}: {told}", stacklevel=3)
+    return tuple(first.values())
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _rows_of(document: _Document, folder: Path) -> Iterator[tuple[str, _Entry, _Row]]:
@@ -386,8 +405,13 @@ def _read_csv(path: Path) -> list[tuple[int, _Row]]:
         raise RecipeError(f"{path}: cannot read the answer set: {reason}") from error
     if not {"prompt", "caption"} & set(columns):
         raise RecipeError(f"{path}: no column prompt or caption; there are: {', '.join(columns) or 'none'}")
+    blank = [line for line, cells in rows if not any((cells.get(c) or "").strip() for c in ("prompt", "caption"))]
+    rows = [(line, cells) for line, cells in rows if line not in blank]
     if not rows:
-        raise RecipeError(f"{path}: no rows")
+        raise RecipeError(f"{path}: no rows with a prompt")
+    if blank:
+        lines_of = ", ".join(map(str, blank[:SHOWN]))
+        warnings.warn(f"{path}: left out {_counted(len(blank), 'row')} without a prompt, line {lines_of}", stacklevel=4)
     lines = [line for line, _ in rows]
     try:
         return list(zip(lines, _ROWS.validate_python([cells for _, cells in rows]), strict=True))
