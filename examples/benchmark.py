@@ -33,7 +33,7 @@ from esd_lora.evaluate.baselines import uce_recipe
 from esd_lora.evaluate.comparing import Comparison, Sampling, compare
 from esd_lora.evaluate.evaluators import EmojiEvaluator
 from esd_lora.evaluate.page import Group, Point, Target, make_report, points_of, write_page
-from esd_lora.evaluate.rates import Rate, cluster_bootstrap, wilson
+from esd_lora.evaluate.rates import Rate, cluster_bootstrap, mean_of_few, wilson
 from esd_lora.evaluate.ways import BASELINES, ON_EMOJI, Subject, Way, baseline_way, control_ways, gold_way, patch_way
 from esd_lora.patch import write_file
 from esd_lora.recipe import Concept, Recipe
@@ -215,18 +215,17 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def mean(rows: Rows, rate: str) -> Rate | None:
-    """The mean over targets with its interval over targets and seeds, of one alone over pictures; None where there is none."""
+    """The mean over targets with its interval over targets and seeds or, where that is wider, over pictures; None of none."""
     have = [r for r in rows if rate in r["counts"]]
     if not have:
         return None
     shares = [share(r, rate) for r in have]
     targets = by_target(have, rate)
     value = sum(targets.values()) / len(targets)
-    if len(have) == 1:
-        n = have[0]["counts"][rate][2]
-        return Rate(value, n, *wilson(value, n))
-    low, high = cluster_bootstrap(shares, [(r["target"], r["seed"]) for r in have])
-    return Rate(value, sum(r["counts"][rate][2] for r in have), min(low, value), max(high, value))
+    n = sum(r["counts"][rate][2] for r in have)
+    over_targets = cluster_bootstrap(shares, [(r["target"], r["seed"]) for r in have])
+    low, high = zip(over_targets, wilson(value, n), strict=True)
+    return Rate(value, n, min(low), max(high))
 
 
 def interval_of(rows: Rows, rate: str) -> str:
@@ -333,16 +332,17 @@ def matched(rows: Rows) -> list[str]:
 
 
 def more_by(these: Mapping[str, float], others: Mapping[str, float]) -> Rate:
-    """The mean of how much more these are over the targets that both have, with its interval over them; n is their number."""
-    between = [these[t] - others[t] for t in these if t in others]
-    return Rate(sum(between) / len(between), len(between), *cluster_bootstrap(between, range(len(between))))
+    """The mean of how much more these are over the targets that both have, two at least, with Student's interval over them."""
+    return mean_of_few([these[t] - others[t] for t in these if t in others])
 
 
 def difference(ours: Rows, others: Rows) -> str:
     """How much more is kept, in points with its interval over targets, where there are several."""
-    more = more_by(by_target(ours, "kept"), by_target(others, "kept"))
-    if more.n == 1:
-        return f"{100 * more.value:+.1f}"
+    these, theirs = by_target(ours, "kept"), by_target(others, "kept")
+    if len(both := these.keys() & theirs.keys()) == 1:
+        (target,) = both
+        return f"{100 * (these[target] - theirs[target]):+.1f}"
+    more = more_by(these, theirs)
     return f"{100 * more.value:+.1f} [{100 * more.low:+.1f}, {100 * more.high:+.1f}]"
 
 
@@ -380,9 +380,10 @@ def plot(rows: Rows, path: Path) -> None:
 HEAD = """# The published benchmark
 
 By `python examples/benchmark.py`, of [benchmark.json](benchmark.json). Per cent, means over targets with 95 % intervals over
-them and, within each, training seeds (of few targets they are too narrow; of one alone they are of its pictures). UA: the
+them and, within each, training seeds (of few targets they are too narrow), or of all pictures where these are wider. UA: the
 target gone; kept: object and style right where something else is asked for; IRA and CRA: the rest of its kind, and the other
-kind, right; at target: the other kind right where the target is asked for; near: its neighbours kept.
+kind, right; at target: the other kind right where the target is asked for; near: its neighbours kept. Of each kept concept a
+target has two pictures or so: too few to tell which are the worst.
 
 Our defaults are trained three times. All else is made once: keyed patches and UCE are solved for, and have no seed, and
 fine-tuning takes ten minutes of one core. *Data filtering* is one base that was trained without cats and neon (`python
@@ -402,7 +403,7 @@ table alone. Keyed patches and UCE are solved for the concept in a few templates
 ![Erased over kept](benchmark.png)
 
 Every method at the strength that keeps most of those with a mean UA of 95 or more, chosen by these pictures themselves, and how
-much more our defaults and our keyed patches, chosen likewise, keep of the same targets:
+much more our defaults and our keyed patches, chosen likewise, keep of the same targets, with Student's intervals over these:
 
 """
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from esd_lora.evaluate.rates import cluster_bootstrap, paired, rate
+from esd_lora.evaluate.rates import cluster_bootstrap, mean_of_few, paired, rate
 
 DRAWS = 20_000
 TAIL = 5 * math.sqrt(0.025 * 0.975 / DRAWS)
@@ -39,6 +39,20 @@ def resamples(clusters: Sequence[Sequence[int]]) -> Outcomes:
 def mean_of(parts: Iterable[Sequence[int]]) -> float:
     hits = [h for part in parts for h in part]
     return sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize(("n", "t"), [(3, 4.303), (5, 2.776), (6, 2.571), (20, 2.093), (26, 2.060), (1001, 1.962)])
+def test_the_interval_of_few_values_is_students(n: int, t: float) -> None:
+    """t as printed in tables, to three decimals; the expansion is off by a hundredth of it at most."""
+    values = [0.2, -0.1, *[0.05] * (n - 2)]
+    mean = sum(values) / n
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    found = mean_of_few(values)
+    assert (found.value, found.n) == (pytest.approx(mean), n)
+    assert found.high - mean == pytest.approx(mean - found.low) == pytest.approx(t * error, rel=1e-2)
+    assert mean_of_few([0.3] * n).low == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="an interval over 1 values"):
+        mean_of_few([0.3])
 
 
 @pytest.mark.parametrize("k", [1, 9, 30])
