@@ -345,6 +345,10 @@ def evaluate(
         ),
     ] = None,
     gold: Annotated[Path | None, typer.Option(help="A base trained without the concept, to compare with.")] = None,
+    gold_lacks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="What --gold lacks besides, and is not asked for; repeat for several."),
+    ] = None,
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of all patches; repeat for a curve. Default: 1.")
     ] = None,
@@ -380,8 +384,14 @@ def evaluate(
 
     dtype = dtype or quick_dtype(device)
     if out:
-        how |= {"revision": revision, "device": device, "dtype": dtype, "weights": weight or [1.0]}
-        how |= {"answers": answers, "evaluator": evaluator, "against": against or [], "gold": gold, "clip": clip_score}
+        how |= {"revision": revision, "device": device, "dtype": dtype, "weights": weight or [1.0], "clip": clip_score}
+        how |= {
+            "answers": answers,
+            "evaluator": evaluator,
+            "against": against or [],
+            "gold": gold,
+            "gold_lacks": gold_lacks or [],
+        }
         from esd_lora import processes
         from esd_lora.evaluate.comparing import Sampling, evaluate_patches
         from esd_lora.evaluate.page import make_report, points_of, rate_table

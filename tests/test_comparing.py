@@ -155,6 +155,37 @@ def test_kid_is_of_the_kept_pictures_of_every_place_and_can_be_computed_again(
     assert counts(comparison) == set()  # its evaluator has no features
 
 
+class Halves(Brightness):
+    """Also tells the mean of each half."""
+
+    def maps(self, pictures: Pictures) -> list[torch.Tensor]:
+        grey = torch.tensor(np.array([np.asarray(p.convert("L"), np.float32) for p in pictures]))
+        return [torch.stack([half.mean((1, 2)) for half in grey.chunk(2, 1)], 1)[:, :, None, None]]
+
+
+def test_drift_is_of_the_features_of_an_evaluator_that_has_them_else_of_pixels(
+    comparison: Comparison, subject: Subject, patch: Patch
+) -> None:
+    found, moved = [ways.patch_way(comparison.base, "cat", patch)], []
+    for judged, about in ((Halves(), "hidden states of brightness"), (Brightness(), "pixels")):
+        changed = replace(comparison, evaluator=judged, gaps=False)
+        report = make_report(compare(changed, found, title="A cat", command="esd-lora eval"))
+        assert report.rulers
+        assert report.rulers.about == about
+        moved.append([r.drift for r in report.rows])
+        for row in report.rows[len(ASKS) :]:
+            bare = next(r for r in report.rows if (r.prompt, r.seed) == (row.prompt, row.seed))
+            before, after = (Image.open(comparison.folder / str(r.picture)) for r in (bare, row))
+            if about == "pixels":
+                squares = (np.asarray(before, float) - np.asarray(after, float)) ** 2 / 255**2
+                assert row.drift == pytest.approx(squares.mean(), abs=1e-6)  # six digits are kept
+            else:
+                f, g = (m / m.norm() for m in (Halves().maps([p])[0].flatten() for p in (before, after)))
+                assert row.drift == pytest.approx(float((f - g).square().sum()), abs=1e-6)
+    assert moved[0] != moved[1]
+    assert replace(comparison, base=load_base("emoji", device="cpu"), evaluator=Halves()).ruler[0] == module.SECOND
+
+
 def test_a_comparison_that_is_made_again_draws_nothing_and_says_the_same(
     comparison: Comparison, subject: Subject, patch: Patch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +255,26 @@ def test_what_is_trained_is_trained_once_acts_by_its_weight_and_leaves_the_base_
     assert same(weights_of(subject.base), before)
 
 
+@pytest.mark.parametrize(
+    ("name", "function", "numbers"),
+    [
+        ("esd-x", "full_esd", {"steps": 200, "lr": 5e-5}),  # esd_sd.py of their repository
+        ("esd-u", "full_esd", {"steps": 1000, "lr": 1e-5}),  # arXiv:2303.07345
+        ("leco", "leco", {"iterations": 500, "lr": 1e-4}),
+    ],
+)
+def test_what_is_trained_is_trained_by_the_numbers_of_its_authors(
+    name: str, function: str, numbers: Mapping[str, Any], subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(*_: object, **how: Any) -> None:
+        raise RuntimeError({key: how[key] for key in numbers})
+
+    monkeypatch.setattr(ways, function, given)
+    with pytest.raises(RuntimeError) as caught:
+        baseline_way(name, subject)
+    assert caught.value.args == (numbers,)
+
+
 def test_a_baseline_of_another_concept_or_base_is_trained_apart(subject: Subject) -> None:
     other = replace(subject, concept=Concept(erase="dog"))
     assert subject.place("uce") != other.place("uce")
@@ -241,8 +292,11 @@ def test_a_patch_that_cannot_be_compared_is_told_before_anything_is_drawn(subjec
     assert ways_of(subject, {"runs/cat": patch}, weights=[1.0, 0.5, 1.0])[0].strengths == (1.0, 0.5)
 
 
-def test_a_gold_model_is_not_asked_for_what_else_it_lacks(comparison: Comparison) -> None:
-    gold = ways.gold_way(comparison.base, lacks=["fox"])
+def test_a_gold_model_is_not_asked_for_what_else_it_lacks(
+    comparison: Comparison, subject: Subject, patch: Patch
+) -> None:
+    ways = ways_of(subject, {"runs/cat": patch}, gold=comparison.base, gold_lacks=["fox"])
+    gold = next(way for way in ways if way.method.name == "data filtering")
     report = make_report(compare(comparison, [gold], title="A cat", command="esd-lora eval"))
     bare, found = ({p.method.name: p for p in points_of(report)}[name] for name in ("base", "data filtering"))
     assert {r.prompt for r in bare.rows} - {r.prompt for r in found.rows} == {"a fox"}
@@ -342,8 +396,8 @@ def test_what_cannot_be_compared_is_one_line(subject: Subject, base: Base, patch
         judge_of("emoji", questions("some/base", patch, path))
     with pytest.raises(RecipeError, match=r"set.yaml: no prompt wants something else than the target; a report"):
         evaluate_patches("some/base", {"cat": told}, tmp_path, answers=path, command="esd-lora eval")
-    dog = "{prompt: a dog, wanted: {object: dog}, seeds: [7]}"
-    path.write_text(path.read_text().replace("}}]", f"}}}}, {dog}, {dog}]"))
+    dog, car = (f"{{prompt: a dog, wanted: {{object: {label}}}, seeds: [7]}}" for label in ("dog", "car"))
+    path.write_text(path.read_text().replace("}}]", f"}}}}, {dog}, {car}]"))
     with pytest.raises(
         RecipeError, match=r"set.yaml: 'a dog' with seed 7 is there 2 times; a report tells pictures by"
     ):
@@ -549,6 +603,18 @@ def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, ca
         (
             ["--out", "report", "--answers", "none.yaml"],
             "none.yaml: cannot read the answer set: No such file or directory",
+        ),
+        (
+            ["--out", "report", "--gold-lacks", "neon"],
+            "--gold-lacks: says what the base of --gold lacks; name that, too",
+        ),
+        (
+            ["--out", "report", "--gold", ".", "--gold-lacks", "tiger cub"],
+            "--gold-lacks tiger cub: no prompt wants it; there",
+        ),
+        (
+            ["--out", "report", "--gold", ".", "--gold-lacks", "cat"],
+            "--gold-lacks cat: leaves no prompt of the target, or none",
         ),
         (["--out", "report", "--evaluator", "eye"], "evaluator eye: unknown; there are emoji, clip:MODEL, "),
         (["--out", "report", "--against", "sdl"], "--against sdl: unknown; there are sld, "),

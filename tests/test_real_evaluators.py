@@ -16,14 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from matplotlib import cbook
 from PIL import Image
 from tiny import tiny_tokenizer
 from transformers import (
     CLIPModel,
     ConvNextImageProcessorPil,
+    DeiTConfig,
+    DeiTForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -32,6 +37,7 @@ from transformers import (
 import esd_lora
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.errors import BaseModelError, RecipeError
+from esd_lora.evaluate.drift import drift
 from esd_lora.evaluate.evaluators import (
     BATCH,
     NINE,
@@ -39,6 +45,7 @@ from esd_lora.evaluate.evaluators import (
     ClipZeroShot,
     Evaluator,
     ImageNetClassifier,
+    Mapped,
     NudeNet,
     NudityProfile,
     OpenNsfw,
@@ -65,7 +72,7 @@ def resnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resnet")
     torch.manual_seed(0)
     config = ResNetConfig(
-        embedding_size=8,
+        embedding_size=4,
         hidden_sizes=[8, 16],
         depths=[1, 1],
         layer_type="basic",
@@ -127,8 +134,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 """CLIP's, from its paper's code."""
 
 
-def by_hand(folder: Path, pictures: Pictures, sentences: list[str]) -> np.ndarray:
-    """100 · cos of pictures with sentences, (pictures, sentences): pixels by hand, and CLIP's own comparison."""
+def clip_pixels(pictures: Pictures) -> torch.Tensor:
+    """The pictures as CLIP takes them, (N, 3, 32, 32), by hand."""
     pixels = []
     for picture in pictures:
         scale = 32 / min(picture.size)
@@ -136,9 +143,14 @@ def by_hand(folder: Path, pictures: Pictures, sentences: list[str]) -> np.ndarra
         left, top = (size[0] - 32) // 2, (size[1] - 32) // 2
         small = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
         pixels.append((np.asarray(small, np.float32) / 255 - MEAN) / STD)
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
+
+
+def by_hand(folder: Path, pictures: Pictures, sentences: list[str]) -> np.ndarray:
+    """100 · cos of pictures with sentences, (pictures, sentences): pixels by hand, and CLIP's own comparison."""
     network = CLIPModel.from_pretrained(folder).eval()
     words = tiny_tokenizer()(sentences, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-    x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
+    x = clip_pixels(pictures)
     with torch.no_grad():
         logits = network(
             input_ids=words.input_ids, attention_mask=words.attention_mask, pixel_values=x
@@ -151,8 +163,9 @@ def test_clip_chooses_the_sentence_that_is_nearest(clip: ClipZeroShot, clip_fold
     pictures = [*noise(3), *noise(1, width=64, height=32), Image.new("L", (32, 32), 90)]
     seen = clip.see(pictures)
     check(clip, seen, 5)
-    for kind, labels in KINDS.items():
-        cosines = by_hand(clip_folder, pictures, [f"a picture of {label}" for label in labels])
+    for kind, template in (("object", "a picture of"), ("style", "a picture in the style of")):
+        labels = KINDS[kind]
+        cosines = by_hand(clip_folder, pictures, [f"{template} {label}" for label in labels])
         assert list(seen.labels[kind]) == [labels[i] for i in cosines.argmax(1)]
         # float32 in sums of another order, on a scale of 100
         np.testing.assert_allclose([list(d[kind].values()) for d in seen.details], cosines, atol=1e-3)
@@ -161,11 +174,15 @@ def test_clip_chooses_the_sentence_that_is_nearest(clip: ClipZeroShot, clip_fold
     assert clip.kinds == KINDS
 
 
-def test_a_template_is_what_clip_is_asked(clip_folder: Path) -> None:
-    pictures = noise(3)
-    evaluator = ClipZeroShot(clip_folder, {"style": ["ink", "neon", "ink"]}, template="in {} style")
+def test_a_template_is_what_clip_is_asked_and_its_version_tells(clip: ClipZeroShot, clip_folder: Path) -> None:
+    pictures, templates = noise(3), {"style": "in {} style"}
+    evaluator = ClipZeroShot(clip_folder, {"style": ["ink", "neon", "ink"]}, templates=templates)
     scores = [list(d["style"].values()) for d in evaluator.see(pictures).details]
     np.testing.assert_allclose(scores, by_hand(clip_folder, pictures, ["in ink style", "in neon style"]), atol=1e-3)
+    assert evaluator.version == f'transformers {transformers.__version__}, asked "in {{}} style"'
+    assert clip.version.endswith(', asked "a picture of {}" and "a picture in the style of {}"')
+    evaluator = ClipZeroShot(clip_folder, {"object": ["cat", "dog"], "nudity": ["nude", "dressed"]})
+    assert evaluator.version.endswith(', asked "a picture of {}"')
 
 
 def test_clip_scores_are_of_each_picture_with_its_prompt(clip: ClipZeroShot, clip_folder: Path) -> None:
@@ -239,6 +256,84 @@ def test_the_features_of_a_transformer_are_averaged_over_its_positions(tmp_path:
     found = evaluator.features(pictures)
     assert found.shape == (BATCH + 2, 16)
     torch.testing.assert_close(found[-1:], evaluator.features(pictures[-1:]))
+
+
+# ---- maps -------------------------------------------------------------------------------------------------------
+
+
+def test_the_maps_of_clip_are_its_layers_without_the_class_token(clip: ClipZeroShot, clip_folder: Path) -> None:
+    pictures = [*noise(2), *noise(1, width=64, height=32)]
+    with torch.no_grad():
+        found = CLIPModel.from_pretrained(clip_folder).vision_model(clip_pixels(pictures), output_hidden_states=True)
+    maps = clip.maps(pictures)
+    assert [m.shape for m in maps] == [(3, 32, 4, 4)] * 2  # 8 of 32 pixels along a side are a patch
+    for own, states in zip(maps, found.hidden_states[1:], strict=True):
+        for y, x in ((0, 0), (1, 3), (3, 2)):
+            # float32 in sums of another order, of random weights that are large
+            torch.testing.assert_close(own[:, :, y, x], states[:, 1 + 4 * y + x], atol=1e-2, rtol=1e-3)
+
+
+def test_the_maps_of_a_convolutional_network_are_the_last_of_each_size(resnet_folder: Path) -> None:
+    evaluator, pictures = ImageNetClassifier(resnet_folder), noise(3)
+    maps = evaluator.maps(pictures)
+    assert [m.shape for m in maps] == [(3, 8, 8, 8), (3, 16, 4, 4)]
+    network = ResNetForImageClassification.from_pretrained(resnet_folder).eval()
+    x = ConvNextImageProcessorPil.from_pretrained(resnet_folder)(pictures, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        states = network(x, output_hidden_states=True).hidden_states
+    assert [s.shape[-1] for s in states] == [8, 8, 4]  # its stem's are as large as its first stage's
+    for own, state in zip(maps, states[1:], strict=True):
+        torch.testing.assert_close(own, state)
+
+
+SMALL = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16, "image_size": 32, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("network", "layers", "before"),
+    [
+        (ViTForImageClassification(ViTConfig(**SMALL, num_hidden_layers=9)), [3, 5, 7, 9], 1),
+        (ViTForImageClassification(ViTConfig(**SMALL, num_hidden_layers=1)), [1], 1),
+        (DeiTForImageClassification(DeiTConfig(**SMALL, num_hidden_layers=4)), [1, 2, 3, 4], 2),
+        (
+            SwinForImageClassification(
+                SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
+            ),
+            [0, 2],
+            0,
+        ),
+    ],
+    ids=["ViT", "one layer", "DeiT", "Swin"],
+)
+def test_the_maps_of_a_transformer_are_those_at_its_quarters_or_of_each_size(
+    network: Any, layers: list[int], before: int, tmp_path: Path
+) -> None:
+    """One at a place of the picture has what the network says there, whatever tokens stand before."""
+    network.save_pretrained(tmp_path)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    evaluator, pictures = ImageNetClassifier(tmp_path), noise(2)
+    with torch.no_grad():
+        found = network.eval()(processor(pictures, return_tensors="pt").pixel_values, output_hidden_states=True)
+    maps = evaluator.maps(pictures)
+    assert len(maps) == len(layers)
+    for own, i in zip(maps, layers, strict=True):
+        positions = found.hidden_states[i][:, before:]
+        assert own.shape[2] == own.shape[3] == math.isqrt(positions.shape[1])
+        torch.testing.assert_close(own.flatten(2).mT, positions)
+
+
+def test_drift_is_measured_in_the_maps_of_an_evaluator(clip: ClipZeroShot, resnet_folder: Path) -> None:
+    before = noise(BATCH + 2)
+    after = [*before[1:], before[0].copy()]
+    for evaluator in (clip, ImageNetClassifier(resnet_folder)):
+        assert isinstance(evaluator, Mapped)
+        assert all(m.dtype == torch.float32 and len(m) == BATCH + 2 for m in evaluator.maps(before))
+        assert torch.equal(drift(before, before, evaluator.maps), torch.zeros(BATCH + 2))
+        moved = drift(before, after, evaluator.maps)
+        assert (moved > 0.001).all()
+        # float32 in batches of other sizes
+        torch.testing.assert_close(drift(before[-1:], after[-1:], evaluator.maps), moved[-1:], atol=1e-4, rtol=0)
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------
@@ -352,16 +447,18 @@ DETAILS: list[dict[str, Any]] = [
     {"boxes": [box("FEMALE_BREAST_EXPOSED", 0.5), box("FEMALE_BREAST_EXPOSED", 0.7)]},
     {"boxes": [box("BUTTOCKS_EXPOSED", 0.3)]},
     {"boxes": [box("ANUS_EXPOSED", 0.6), box("BELLY_EXPOSED", 0.26)]},
+    {"boxes": [box("BELLY_EXPOSED", 0.8), box("FEMALE_GENITALIA_EXPOSED", 0.6)]},
+    {"boxes": [box("MALE_BREAST_COVERED", 0.8), box("ARMPITS_EXPOSED", 0.59)]},
 ]
 
 
 @pytest.mark.parametrize(
     ("profile", "counts"),
     [
-        ("strict6@0.5", [0, 0, 0, 1, 0, 1]),
-        ("esd", [0, 0, 1, 1, 0, 1]),
-        ("mace8", [0, 0, 2, 2, 1, 1]),
-        ("unlearndiffatk9@0.5", [0, 0, 1, 1, 0, 1]),
+        ("strict6@0.5", [0, 0, 0, 1, 0, 1, 1, 0]),
+        ("esd", [0, 0, 1, 1, 0, 1, 1, 0]),
+        ("mace8", [0, 0, 1, 1, 0, 0, 2, 0]),
+        ("unlearndiffatk9@0.5", [0, 0, 1, 1, 0, 1, 1, 1]),
     ],
 )
 def test_profiles_count_the_same_boxes_worked_by_hand(profile: str, counts: list[int]) -> None:
@@ -371,7 +468,7 @@ def test_profiles_count_the_same_boxes_worked_by_hand(profile: str, counts: list
 
 def test_a_profile_of_ones_own_counts_stored_boxes_again() -> None:
     stored = json.loads(json.dumps(DETAILS))
-    assert count(stored, NudityProfile("feet", 0.0, frozenset({"FEET_EXPOSED"}), "box")) == [0, 0, 1, 0, 0, 0]
+    assert count(stored, NudityProfile("feet", 0.0, frozenset({"FEET_EXPOSED"}), "box")) == [0, 0, 1, 0, 0, 0, 0, 0]
     assert count([], PROFILES["esd"]) == []
 
 
@@ -406,7 +503,7 @@ def test_nudenet_finds_a_face_in_a_photograph_and_nothing_nude(photograph: Image
 
 def test_nudenet_labels_by_its_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nudenet", reason="nudenet is not installed: pip install esd_lora[nudity]")
-    for name, nude in (("strict6@0.5", {3, 5}), ("mace8", {2, 3, 4, 5})):
+    for name, nude in (("strict6@0.5", {3, 5, 6}), ("mace8", {2, 3, 6})):
         evaluator = NudeNet(PROFILES[name])
         found = iter([detail["boxes"] for detail in DETAILS])
         monkeypatch.setattr(evaluator.detector, "detect", lambda _, found=found: next(found))

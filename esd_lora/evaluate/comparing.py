@@ -15,7 +15,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -42,7 +42,7 @@ from esd_lora.evaluate.answers import (
     target_of,
 )
 from esd_lora.evaluate.drift import Features, denoise_gap, drift, feature_maps, kid, latents_of, pixel_drift, pooled
-from esd_lora.evaluate.evaluators import Clip, Evaluator, Featured, load_evaluator_by_name
+from esd_lora.evaluate.evaluators import Clip, Evaluator, Featured, Mapped, load_evaluator_by_name
 from esd_lora.evaluate.page import (
     Measure,
     Method,
@@ -129,8 +129,12 @@ class Comparison:
 
     @property
     def ruler(self) -> tuple[str, Callable[[Pictures, Pictures], Tensor]]:
-        """Name and measure of drift: in features of emoji's second evaluator there, in pixels of any other base's pictures."""
-        return (SECOND, partial(drift, features=self.maps)) if self.maps else ("pixels", pixel_drift)
+        """Name and measure of drift: in features of emoji's second evaluator there, else the evaluator's own, or pixels."""
+        if self.maps:
+            return SECOND, partial(drift, features=self.maps)
+        if isinstance(self.evaluator, Mapped):
+            return f"hidden states of {self.evaluator.name}", partial(drift, features=self.evaluator.maps)
+        return "pixels", pixel_drift
 
     @property
     def space(self) -> tuple[str, Callable[[Pictures], Tensor]] | None:
@@ -157,6 +161,7 @@ def evaluate_patches(
     clip: str | None = None,
     against: Sequence[str] = (),
     gold: Path | None = None,
+    gold_lacks: Collection[str] = (),
     weights: Sequence[float] = (1.0,),
     target_seeds: int | None = None,
     kept_seeds: int = 2,
@@ -181,6 +186,7 @@ def evaluate_patches(
         clip: A CLIP that scores pictures, a folder or a Hub id.
         against: Names of `BASELINES`.
         gold: A base that was trained without the concept.
+        gold_lacks: Labels that this base lacks besides, and is not asked for.
         weights: At which the patches are drawn.
         target_seeds, kept_seeds: See `emoji_answers`.
         sampling: How pictures are drawn.
@@ -198,6 +204,7 @@ def evaluate_patches(
     asked = questions(base, first, answers, target=target, target_seeds=target_seeds, kept_seeds=kept_seeds)
     target = target_of(asked, source=answers or base)
     _check_comparable(asked, source=answers or base)
+    _check_lacks(gold_lacks, asked, gold=gold)
     device = str(pick_device(how.get("device") or processes.own_device()))
     how["device"] = device
     judge = judge_of(evaluator, asked, device=device)
@@ -216,7 +223,7 @@ def evaluate_patches(
     if known:  # whose own pictures may be of another size
         sampling = replace(sampling, resolution=model.resolution(sampling.resolution))
     with shared(folder):
-        ways = ways_of(subject, patches, weights=weights, against=against, gold=known)
+        ways = ways_of(subject, patches, weights=weights, against=against, gold=known, gold_lacks=gold_lacks)
         vars(subject).pop("trainer", None)  # pictures are drawn without it
         report = compare(
             Comparison(model, asked, target, judge, folder, sampling, batch_size, clip=scorer),
@@ -244,6 +251,24 @@ def _check_comparable(answers: Answers, *, source: object) -> None:
         raise RecipeError(
             f"{source}: {prompt!r} with seed {seed} is there {count} times; a report tells pictures by these"
         )
+
+
+def _check_lacks(labels: Collection[str], answers: Answers, *, gold: Path | None) -> None:
+    """Nothing, if a gold base can be spared these labels, and is asked for something else.
+
+    Raises:
+        RecipeError: There is no such base, nothing asks for one of them, or nothing for anything else.
+    """
+    if not labels:
+        return
+    if gold is None:
+        raise RecipeError("--gold-lacks: says what the base of --gold lacks; name that, too")
+    wanted = {label for some in answers.kinds.values() for label in some}
+    if unknown := [label for label in labels if label not in wanted]:
+        raise RecipeError(f"--gold-lacks {unknown[0]}: no prompt wants it; there are: {', '.join(sorted(wanted))}")
+    left = [ask for ask in answers.asks if ask.wanted and not {*ask.wanted.values()} & {*labels}]
+    if len({ask.group == "target" for ask in left}) < 2:
+        raise RecipeError(f"--gold-lacks {', '.join(labels)}: leaves no prompt of the target, or none of anything else")
 
 
 def compare(
@@ -319,6 +344,7 @@ def ways_of(
     weights: Sequence[float] = (1.0,),
     against: Sequence[str] = (),
     gold: Base | None = None,
+    gold_lacks: Collection[str] = (),
 ) -> list[Way]:
     """Patches, baselines and controls, in the order of a report; what a baseline trains is trained now.
 
@@ -328,6 +354,7 @@ def ways_of(
         weights: At which the patches are drawn.
         against: Names of `BASELINES`.
         gold: A base that was trained without the concept.
+        gold_lacks: Labels that this base lacks besides.
 
     Raises:
         RecipeError: No baseline of a name, or one cannot be made for this base; or two ways have one name.
@@ -342,7 +369,7 @@ def ways_of(
         ways.append(patch_way(subject.base, name, patch, strengths=weights, seconds=seconds))
     ways += [baseline_way(name, subject) for name in dict.fromkeys(against)]
     if gold:
-        ways.append(gold_way(gold))
+        ways.append(gold_way(gold, lacks=gold_lacks))
     first = next(iter(patches.values()))
     layers: Layers = first.info.get("recipe", {}).get("layers") or "esd-x"
     ways += control_ways(subject.base, first, layers=layers)
@@ -420,7 +447,10 @@ def judge_of(name: str, answers: Answers, *, device: str | None = None) -> Evalu
 
 
 def shown_places(ways: Sequence[Way]) -> list[Place]:
-    """What has a column beside the base's, as many as a page has room for: the first way at all strengths, others at one."""
+    """What has a column beside the base's, as many as a page has room for: the first way at all strengths, others at one.
+
+    The page tells which methods have none.
+    """
     first, *others = (way for way in ways if way.method.role != "control")
     places = [(first, strength) for strength in dict.fromkeys((first.default, *first.strengths))]
     places += [(way, way.default) for way in others]
@@ -595,11 +625,13 @@ def made(comparison: Comparison, *, command: str) -> dict[str, Any]:
             "steps": sampling.steps,
             "guidance scale": sampling.guidance_scale,
             "resolution": base.resolution(sampling.resolution),
+            "pictures at a time": comparison.batch_size,
             "threads": torch.get_num_threads(),
         },
         "versions": versions(),
         "hashes": {
             "base": base.fingerprint,
+            "base's other parts": base.parts_fingerprint,
             "answers": digest(comparison.answers.asks),
             "evaluator": comparison.evaluator.digest,
             **({"features": load_evaluator("filter").digest} if comparison.maps else {}),

@@ -29,8 +29,8 @@ from esd_lora.pictures import Pictures
 Features = Callable[[Pictures], list[Tensor]]
 """N pictures → feature maps of a network, each (N, channels, h, w)."""
 
-BATCH = 100
-"""Pictures that go through a network of features together."""
+BATCH = 32
+"""Pictures that go through a network of features together: maps of ResNet-50 are 6 MB a picture."""
 DENOISED = 8
 """Latents that go through an autoencoder or a denoiser together."""
 FIRST_NOISE = 1_000_000_000
@@ -51,7 +51,7 @@ def drift(before: Pictures, after: Pictures, features: Features) -> Tensor:
 
     Args:
         before, after: N pictures of the base and of the patched base, of the same prompts and noise, in the same order.
-        features: For the embedded base `feature_maps(load_evaluator("filter"))`.
+        features: For the embedded base `feature_maps(load_evaluator("filter"))`, for another the `maps` of an evaluator.
 
     Raises:
         ValueError: The pictures are not pairs of one size, or there are none.

@@ -145,7 +145,7 @@ def mean_of_few(values: Sequence[float]) -> Rate:
 
 def _student(freedom: int) -> float:
     """The 97.5 % quantile of Student's t."""
-    z = statistics.NormalDist().inv_cdf(0.975)
+    z = 1.959964
     terms = (
         z,
         (z**3 + z) / 4,
@@ -153,7 +153,7 @@ def _student(freedom: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return sum(term / freedom**k for k, term in enumerate(terms))
+    return sum(term / float(freedom) ** k for k, term in enumerate(terms))
 
 
 @dataclass(frozen=True)

@@ -352,10 +352,11 @@ BASELINES: Mapping[str, Callable[[Subject], Way]] = {
 
 OWN: Mapping[str, Mapping[str, Any]] = {
     "esd-x": {"steps": 200, "lr": 5e-5},
-    "esd-u": {"steps": 200, "lr": 1e-5},
+    "esd-u": {"steps": 1000, "lr": 1e-5},
     "leco": {"iterations": 500, "lr": 1e-4},
 }
-"""What the authors train Stable Diffusion with."""
+"""What the authors train Stable Diffusion with: ESD-x by their released code, ESD-u by their paper (arXiv:2303.07345), LECO
+by its defaults."""
 
 ON_EMOJI: Mapping[str, Mapping[str, Any]] = {
     "esd-x": {"steps": 200, "lr": 2e-4},
