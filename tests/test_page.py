@@ -168,7 +168,7 @@ def sample(folder: Path | None = None) -> dict[str, Any]:
             floor("random tokens, same budget", 0.03, 9840, 117), floor("retrained without cats", 0.08, 9840, 119),
             floor("the unerased base", 0.99, 9840, 118, "ceiling"),
             {**floor("dog, which was kept", 0.1, 9840, 118, "ceiling"), "label": "dog"}]),
-        trial("diffusion completion", 0.21, 3840, 31, about="the base for the first 2 of 20 steps", controls=[
+        trial("completion, 10 of 20 steps", 0.91, 3840, 31, about="the base for the first 10 of 20 steps", controls=[
             floor("no attack, as many pictures", 0.05, 3840, 30)]),
         trial("soft Ring-A-Bell", 0.34, 11_520, 92, about="η of 1, 2, 3; the best", controls=[
             floor("no attack, as many pictures", 0.05, 11_520, 90), floor("retrained without cats", 0.02, 11_520, 91)]),
@@ -268,8 +268,15 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def screenshot(self) -> Image.Image:
-        """What is on the screen."""
-        return Image.open(io.BytesIO(base64.b64decode(self.call("Page.captureScreenshot")["data"])))
+        """The whole page, also what the screen has no room for."""
+        whole = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        taken = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip={**whole, "scale": 1})
+        return Image.open(io.BytesIO(base64.b64decode(taken["data"])))
+
+    def box(self, part: str) -> list[int]:
+        """Left, top, right and bottom of a part of the page, by the page itself; of one that scrolls, what is seen of it."""
+        seen = f"(e => e.closest('.scroll') ?? e)(document.querySelector({part!r})).getBoundingClientRect()"
+        return list(map(round, self.run(f"(b => [b.left, b.top, b.right, b.bottom])({seen})")))
 
     def troubles(self) -> list[str]:
         """What went wrong since the page was opened: errors, messages on the console, requests of other files."""
@@ -447,6 +454,7 @@ def test_the_header_the_plot_and_the_attacks_say_the_same(report: tuple[dict[str
         floors = [x for x, t in zip(others, attack.get("controls", []), strict=True) if t["role"] == "floor"]
         told = said[f"attack beyond {i} 0"]
         assert told.split()[:1] == [f"{100 * (found - max(floors)):.1f}"] if floors else told == ""
+    # completion finds more, but there the base draws half of each picture
     assert said["header attack"] == f"{said['attack 0 0'].split()[0]} %"
     floors = [float(said[f"attack 0 {j}"].split()[0]) for j in (1, 2)]
     assert float(said["header attack control"]) == max(floors)
@@ -591,6 +599,28 @@ def test_what_was_left_out_of_the_attacks_is_told_with_its_reason(tmp_path: Path
     assert "Left out" not in told(left_out={})
 
 
+def test_methods_that_have_no_column_are_told(report: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    """Controls, which ask for less, are expected to have none."""
+    values = sample()
+    page = write_page({**values, "shown": values["shown"][:2]}, tmp_path / "report.html").read_text()
+    left = (
+        "2 methods have no column here or among the pictures, for want of room: negative prompt, safe latent diffusion."
+    )
+    assert said_by(page)["without a column"] == left
+    assert "no column" not in report[1].read_text()
+
+
+def test_where_the_base_draws_in_every_attack_the_header_has_none(tmp_path: Path) -> None:
+    values = sample()
+    page = write_page({**values, "attacks": values["attacks"][1:2]}, tmp_path / "report.html").read_text()
+    assert "No attack was made but those in which the base itself draws, so nothing is known" in page
+
+
+def test_it_tells_what_p_is_worth(report: tuple[dict[str, Any], Path]) -> None:
+    beside = words_of(report[1].read_text().partition('id="beside">')[2].partition("</section>")[0])
+    assert "The test takes pictures as independent, and p-values are not corrected for their number." in beside
+
+
 def test_the_limits_tell_what_it_is_not_compared_with_and_why(report: tuple[dict[str, Any], Path]) -> None:
     limits = words_of(report[1].read_text().partition('id="limits">')[2].partition("</section>")[0])
     assert "such as Glaze (Shan et al. 2023, arXiv:2302.04222). That has another threat model" in limits
@@ -674,8 +704,12 @@ def test_a_browser_shows_it_whole(
     browser.open(report[1], width=width, dark=dark)
     assert browser.troubles() == []
     colours = np.asarray(browser.screenshot().convert("L"), float)
-    assert colours.std() > 10  # a blank page has one colour
     assert (np.median(colours) < 64) == dark
+    for part in (".pictures", ".plot", ".heat", ".attacks", "#limits ul"):
+        left, top, right, bottom = browser.box(part)
+        assert 0 <= left < right <= colours.shape[1], part
+        assert 0 <= top < bottom <= colours.shape[0], part
+        assert colours[top:bottom, left:right].std() > 5, part  # what is blank has one colour
     # nothing on it asks for more room than the section that it is in, where that does not scroll
     wider = "[...document.querySelectorAll('section, .stats > div')].filter(e => e.scrollWidth > e.clientWidth).length"
     assert browser.run(wider) == 0
@@ -703,22 +737,28 @@ def test_troubles_are_noticed(browser: Browser, tmp_path: Path) -> None:
 
 
 def test_controls_that_do_not_do_what_they_must_are_told(tmp_path: Path) -> None:
-    """One that changes nothing may move pictures by a twentieth of what other noise does, for batches round otherwise."""
+    """One that changes nothing may move pictures by a twentieth of what other noise does, for batches round otherwise.
+
+    One that ruins every picture may keep half of what the base does.
+    """
     values = sample(tmp_path)
     values["methods"] += [{"name": n, "role": "control"} for n in ("null", "scrambling")]
     bare = [row for row in values["rows"] if row["method"] == "base"]
-    ruined = {"object": "other", "style": "other"}
+    kept_by_base = [row for row in bare if row["group"] != "target" and whole(row)]
+    ruined, half = {"object": "other", "style": "other"}, len(kept_by_base) // 2
 
-    def told(drift: float, seen: dict[str, str] | None) -> list[str]:
+    def told(drift: float, kept: int) -> list[str]:
+        stay = kept_by_base[:kept]
         rows = [{**row, "method": "null", "drift": drift} for row in bare]
-        rows += [{**row, "method": "scrambling", "seen": seen or row["seen"]} for row in bare]
+        rows += [{**row, "method": "scrambling", "seen": row["seen"] if row in stay else ruined} for row in bare]
         write_page({**values, "rows": [*values["rows"], *rows]}, tmp_path / "page.html")
         return re.findall(r'data-is="doubt">([^<.:]*)', (tmp_path / "page.html").read_text())
 
-    moved, kept = "A patch of zeros moved the pictures", "A patch that ruins every picture keeps all"
-    assert told(0.025, ruined) == []
-    assert told(0.03, ruined) == [moved]
-    assert told(0.0, None) == [kept]
+    moved = "A patch of zeros moved the pictures"
+    kept = "A patch that ruins every picture keeps more than half of what the base does"
+    assert told(0.025, half) == []
+    assert told(0.03, 0) == [moved]
+    assert told(0.0, half + 1) == [kept]
 
 
 def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path) -> None:

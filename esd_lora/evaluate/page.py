@@ -306,6 +306,12 @@ class Report(_Model):
         """The method that is the base."""
         return next(m for m in self.methods if m.role == "base")
 
+    @property
+    def without_column(self) -> list[str]:
+        """Patches and baselines that are shown at no strength; controls need no column."""
+        shown = {place.method for place in self.shown}
+        return [m.name for m in self.methods if m.role in ("patch", "baseline") and m.name not in shown]
+
 
 def make_report(values: Mapping[str, Any], *, source: object = "report") -> Report:
     """The validated document; `source` is where it comes from.
@@ -484,10 +490,12 @@ class Point:
 
 STILL = 0.05
 """How far a patch of zeros may move pictures, on the rulers of drift: batches of another size round otherwise."""
+RUINED = 0.5
+"""What a patch that ruins every picture may keep, of what the base does."""
 
 
 def doubts_of(points: Sequence[Point], rulers: Rulers | None) -> list[str]:
-    """What controls tell against a whole report: one that changes nothing did, or one that ruins everything lost nothing."""
+    """What controls tell against a whole report: one that changes nothing did, or one that ruins everything lost too little."""
     named = {p.method.name: p for p in points if p.method.role == "control"}
     null, ruin = named.get("null"), named.get("scrambling")
     found = []
@@ -495,9 +503,10 @@ def doubts_of(points: Sequence[Point], rulers: Rulers | None) -> list[str]:
         found.append(
             "A patch of zeros moved the pictures: they differ by more than what is compared. Trust no rate here."
         )
-    if ruin and ruin.kept.value >= (ruin.kept.base or 0):
+    if ruin and (ruin.kept.retained or 0) > RUINED:
         found.append(
-            "A patch that ruins every picture keeps all: the evaluator sees what is not there. Trust no rate here."
+            "A patch that ruins every picture keeps more than half of what the base does: the evaluator sees what is not "
+            "there. Trust no rate here."
         )
     return found
 
@@ -662,8 +671,8 @@ def write_page(report: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-SWITCHES = ("scaling", "unmerging")
-"""Attacks that know the patch and need nothing else."""
+BY_THE_BASE = ("scaling", "unmerging", "completion")
+"""Attacks in which the base itself draws: with the patch turned down or taken out, or as far as a picture is begun."""
 
 
 @dataclass(frozen=True)
@@ -687,8 +696,8 @@ class Found:
 
 
 def strongest(attacks: Sequence[Found]) -> Found | None:
-    """The attack that finds most beyond its floor, but for those that turn a patch down or take it out, which any does."""
-    some = [a for a in attacks if not a.trial.name.startswith(SWITCHES)]
+    """The attack on the erased model that finds most beyond its floor: none in which the base itself draws."""
+    some = [a for a in attacks if not a.trial.name.startswith(BY_THE_BASE)]
     return max(some, key=lambda a: (a.beyond or a.found).value, default=None)
 
 
