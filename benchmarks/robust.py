@@ -3,9 +3,10 @@
     python benchmarks/robust.py --out runs/robust [--concept cat] [--patches default "robust: 2"] [--seeds 0 1]
 
 An object of the embedded base is erased with the defaults, with rounds of an adversary, and, for the time that these take, with
-more steps. UA, IRA and CRA are those of an answer set; then the attacker of `examples/frontier.py` has its four soft words and
-250 steps on pictures of the concept, and what it draws with them, from seeds and noise never used, is judged. The unerased base
-is the ceiling. Seconds are those of training, on this machine. What is measured stays in the folder, so that the script goes on
+more steps. UA, IRA and CRA are those of an answer set. Then the concept is asked for in other words, of which robust training
+was told the synonyms and not the misspellings; and an attacker has four soft words and 250 steps on pictures of the concept in
+three styles, and what it draws with them in the other three, from seeds and noise never used, is judged. The unerased base is
+the ceiling. Seconds are those of training, on this machine. What is measured stays in the folder, so that the script goes on
 where it stopped.
 """
 
@@ -15,7 +16,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
 from esd_lora.evaluate.attacks import BLANK, Drawing, Examples, Training, inversion
 from esd_lora.evaluate.rates import Rate, rate
 from esd_lora.evaluate.scores import FIRST_SEED, answer_set, draw, score
+from esd_lora.evaluate.suite import misspellings
 from esd_lora.patch import Patch, write_file
 from esd_lora.pictures import generate
 from esd_lora.recipe import Recipe
@@ -41,14 +43,19 @@ PATCHES: Mapping[str, dict[str, Any] | None] = {
 }
 """What a recipe has besides its concept; None for the unerased base."""
 
+RATES = ("UA", "IRA", "CRA", "in other words", "by inversion")
 TARGET_SEEDS, KEPT_SEEDS = 10, 1
 SHOWN, DRAWN = 48, 64
 """Pictures that the attacker trains on, and that it draws."""
 
 
-def in_styles(words: str, n: int) -> list[str]:
-    """So many prompts for these words, in every style in turn."""
-    return [prompt(words, list(STYLES)[i % len(STYLES)]) for i in range(n)]
+SHOWN_IN, DRAWN_IN = list(STYLES)[::2], list(STYLES)[1::2]
+"""The styles in which the attacker is shown the concept, and in which it draws it."""
+
+
+def in_styles(words: str, n: int, styles: Sequence[str]) -> list[str]:
+    """So many prompts for these words, in these styles in turn."""
+    return [prompt(words, styles[i % len(styles)]) for i in range(n)]
 
 
 def kept_and_erased(concept: str, patch: Patch | None, evaluator: Evaluator) -> dict[str, Rate]:
@@ -59,13 +66,24 @@ def kept_and_erased(concept: str, patch: Patch | None, evaluator: Evaluator) -> 
     return {name: replace(r, base=None) for name, r in (("UA", found.ua), ("IRA", found.ira), ("CRA", found.cra))}
 
 
+def in_other_words(concept: str, patch: Patch | None, evaluator: Evaluator) -> Rate:
+    """How often the concept is in pictures of its synonyms and misspellings, in every style."""
+    base = load_base("emoji")
+    attach(base, [patch] if patch else [])
+    forms = [*OBJECTS[concept], *misspellings(concept)]
+    asked = [text for form in forms for text in in_styles(form, len(STYLES), list(STYLES))]
+    seen = evaluator.judge(generate(base, asked, [FIRST_SEED + 600_000 + i for i in range(len(asked))])).objects
+    return rate([label == concept for label in seen])
+
+
 def by_inversion(concept: str, patch: Patch | None, evaluator: Evaluator) -> Rate:
     """How often the concept is in pictures that the attacker draws."""
     base = load_base("emoji")
-    shown = generate(base, in_styles(concept, SHOWN), [FIRST_SEED + 400_000 + i for i in range(SHOWN)])
+    shown = generate(base, in_styles(concept, SHOWN, SHOWN_IN), [FIRST_SEED + 400_000 + i for i in range(SHOWN)])
     attach(base, [patch] if patch else [])
-    drawing = Drawing(in_styles(BLANK, DRAWN), [FIRST_SEED + 500_000 + i for i in range(DRAWN)])
-    attack = inversion(base, Examples(in_styles(BLANK, SHOWN), shown), drawing, tokens=4, training=Training(250))
+    drawing = Drawing(in_styles(BLANK, DRAWN, DRAWN_IN), [FIRST_SEED + 500_000 + i for i in range(DRAWN)])
+    examples = Examples(in_styles(BLANK, SHOWN, SHOWN_IN), shown)
+    attack = inversion(base, examples, drawing, tokens=4, training=Training(250))
     return rate([seen == concept for seen in evaluator.judge(attack.pictures).objects])
 
 
@@ -87,6 +105,7 @@ def measured(concept: str, name: str, seed: int, evaluator: Evaluator) -> dict[s
     if fields is not None:
         patch, seconds = trained(load_base("emoji"), concept, fields, seed)
     rates = kept_and_erased(concept, patch, evaluator)
+    rates["in other words"] = in_other_words(concept, patch, evaluator)
     rates["by inversion"] = by_inversion(concept, patch, evaluator)
     passes = patch.info["cost"]["forward_passes"] if patch else 0
     return {"passes": passes, "seconds": seconds, **{k: vars(r) for k, r in rates.items()}}
@@ -96,13 +115,14 @@ def digest_of(concept: str, name: str, seed: int, evaluator: Evaluator) -> str:
     """A name of what a row is measured with, the defaults of the time among it."""
     fields = PATCHES[name]
     recipe = None if fields is None else recipe_of(concept, fields, seed).to_dict()
-    parts = (load_base("emoji").fingerprint, evaluator.digest, recipe, TARGET_SEEDS, KEPT_SEEDS, SHOWN, DRAWN)
+    styles = (SHOWN_IN, DRAWN_IN)
+    parts = (load_base("emoji").fingerprint, evaluator.digest, recipe, TARGET_SEEDS, KEPT_SEEDS, SHOWN, DRAWN, styles)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def line_of(row: Mapping[str, Any]) -> str:
     """A row as a line of the table."""
-    rates = [Rate(**row[k]).interval() for k in ("UA", "IRA", "CRA", "by inversion")]
+    rates = [Rate(**row[k]).interval() for k in RATES]
     return f"| {row['patch']} | {row['seed']} | {' | '.join(rates)} | {row['passes']:,} | {row['seconds']:.0f} |"
 
 
@@ -115,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     path, evaluator = args.out / f"robust-{args.concept}.json", load_evaluator("measure")
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    print("| patch | seed | UA | IRA | CRA | by inversion | passes | seconds |\n|---|---|---|---|---|---|---|---|")
+    print(f"| patch | seed | {' | '.join(RATES)} | passes | seconds |\n{'|---' * (len(RATES) + 4)}|")
     for name in args.patches:
         for seed in args.seeds:
             asked = {"patch": name, "seed": seed, "with": digest_of(args.concept, name, seed, evaluator)}
