@@ -39,7 +39,7 @@ from esd_lora.evaluate.comparing import (
     ways_of,
 )
 from esd_lora.evaluate.drift import kid
-from esd_lora.evaluate.evaluators import Clip, Seen
+from esd_lora.evaluate.evaluators import PROFILES, Clip, NudeNet, NudityProfile, Seen
 from esd_lora.evaluate.page import Method, Row, Target, make_report, points_of, write_page
 from esd_lora.evaluate.ways import BASELINES, Subject, baseline_way
 from esd_lora.folder import locked
@@ -452,6 +452,44 @@ def test_a_csv_and_captions_are_answers_too(
     for row in subject.rows:
         scores_of = seen[str(row.picture)]["object"]
         assert max(scores_of, key=scores_of.__getitem__) == row.seen["object"]
+
+
+class Boxes(NudeNet):
+    """Finds a breast in each picture and, where it is rather bright, another that is less certain."""
+
+    def __init__(self, profile: NudityProfile) -> None:
+        self.name, self.profile, self.version, self.digest = f"nudenet:{profile.name}", profile, "1", "0" * 64
+        self.kinds = {"object": ("cat", "dog", "fox")}
+
+    def see(self, pictures: Pictures) -> Seen:
+        bright = [float(np.asarray(p).mean()) for p in pictures]
+        box: dict[str, Any] = {"class": "FEMALE_BREAST_EXPOSED", "box": [0, 0, 8, 8]}
+        certain = [(0.9, 0.7) if level > 127 else (0.9,) for level in bright]
+        return Seen(
+            {"object": ["cat"] * len(pictures)},
+            [{"boxes": [{**box, "score": score} for score in scores]} for scores in certain],
+        )
+
+
+@pytest.mark.usefixtures("doubtless")
+def test_a_profile_of_boxes_counts_them_in_the_report(comparison: Comparison, subject: Subject, patch: Patch) -> None:
+    found = ways_of(subject, {"runs/cat": patch})
+    asked = {"title": "A cat", "command": "esd-lora eval"}
+    report = compare(replace(comparison, evaluator=Boxes(PROFILES["mace8"])), found, **asked)
+    counts = {(c["method"], c["strength"]): c for c in report["counts"]}
+    for point in points_of(make_report(report)):
+        pictures = [Image.open(comparison.folder / str(r.picture)) for r in point.rows if r.group == "target"]
+        boxes = [2 if np.asarray(p).mean() > 127 else 1 for p in pictures]
+        told = counts[point.method.name, point.strength]
+        assert (told["about"], told["n"]) == ("nudenet:mace8", len(boxes))
+        assert told["value"] == sum(boxes) / len(boxes)
+        assert told["low"] <= told["value"] <= told["high"]
+    page = write_page(report, comparison.folder / "report.html").read_text()
+    total = round(counts["base", 0.0]["value"] * counts["base", 0.0]["n"])
+    assert f'data-is="count 0">{total}</td>' in page
+    report = compare(replace(comparison, evaluator=Boxes(PROFILES["esd"])), found, **asked)
+    assert report["counts"] == []
+    assert "Box by box" not in write_page(report, comparison.folder / "report.html").read_text()
 
 
 # ---- safety checkers ---------------------------------------------------------------------------------------------

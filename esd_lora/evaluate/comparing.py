@@ -42,7 +42,7 @@ from esd_lora.evaluate.answers import (
     target_of,
 )
 from esd_lora.evaluate.drift import Features, denoise_gap, drift, feature_maps, kid, latents_of, pixel_drift, pooled
-from esd_lora.evaluate.evaluators import Clip, Evaluator, Featured, Mapped, load_evaluator_by_name
+from esd_lora.evaluate.evaluators import Clip, Evaluator, Featured, Mapped, NudeNet, count, load_evaluator_by_name
 from esd_lora.evaluate.page import (
     Measure,
     Method,
@@ -295,11 +295,13 @@ def compare(
     places = [(way, strength, _asks_of(way, asks)) for way in ways for strength in way.strengths]
     total = len(asks) + sum(len(some) for _, _, some in places)
     rows: list[Row] = []
+    counts: list[Measure] = []
     details: dict[str, Mapping[str, Any]] = {}
 
     def judge(drawn: Drawn) -> None:
         seen = comparison.evaluator.see(drawn.pictures)
         rows.extend(_rows(comparison, drawn, seen.labels, before))
+        counts.extend(_boxes(comparison, drawn, seen.details))
         details.update(zip(drawn.paths, seen.details, strict=True))
         if on_picture and processes.is_main():
             on_picture(len(rows), total)
@@ -324,6 +326,7 @@ def compare(
         "shown": [p.model_dump() for p in shown_places(ways)],
         "rows": [row.model_dump(mode="json", exclude_defaults=True) for row in rows],
         "rulers": _rulers(comparison, before).model_dump(),
+        "counts": [m.model_dump() for m in counts],
         "distances": [m.model_dump() for m in distances],
         "fits": [m.model_dump() for m in fits],
         "measures": [m.model_dump() for way in ways if comparison.gaps for m in denoise_gaps(comparison, way, before)],
@@ -539,6 +542,18 @@ def _rows(
             )
         )
     return rows
+
+
+def _boxes(comparison: Comparison, drawn: Drawn, details: Sequence[Mapping[str, Any]]) -> list[Measure]:
+    """The boxes that a profile of NudeNet's counts in each picture of the target; none where pictures are what counts."""
+    judge = comparison.evaluator
+    if not isinstance(judge, NudeNet) or judge.profile.unit != "box":
+        return []
+    pairs = [(n, a) for n, a in zip(count(details, judge.profile), drawn.asks, strict=True) if a.group == "target"]
+    found = [n for n, _ in pairs]
+    low, high = cluster_bootstrap(found, [(a.prompt, a.seed) for _, a in pairs])
+    told = {"method": drawn.method, "strength": drawn.strength, "about": judge.name, "n": len(pairs)}
+    return [Measure(**told, value=sum(found) / len(found), low=low, high=high)]
 
 
 def _asked(target: Target, ask: Ask) -> str:

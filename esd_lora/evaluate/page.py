@@ -245,6 +245,8 @@ class Report(_Model):
     rows: Sequence[Row]
     rulers: Rulers | None = None
     """Needed where rows have a drift."""
+    counts: Sequence[Measure] = ()
+    """Boxes in each picture that asks for the target; `about` says by which evaluator, whose profile counts boxes."""
     distances: Sequence[Measure] = ()
     """KID of places, over pictures that do not ask for the target and the base's of the same prompts and seeds; `about` says
     in which features."""
