@@ -394,6 +394,10 @@ def test_what_cannot_be_compared_is_one_line(subject: Subject, base: Base, patch
         RecipeError, match=r"^--evaluator emoji: does not know the object church; it has object: 21 labels"
     ):
         judge_of("emoji", questions("some/base", patch, path))
+    spelled = tmp_path / "spelled.yaml"
+    spelled.write_text(path.read_text().replace("church", "Cat"))
+    with pytest.raises(RecipeError, match=r"does not know the object Cat; it has .*; did you mean cat\?$"):
+        judge_of("emoji", questions("some/base", patch, spelled))
     with pytest.raises(RecipeError, match=r"set.yaml: no prompt wants something else than the target; a report"):
         evaluate_patches("some/base", {"cat": told}, tmp_path, answers=path, command="esd-lora eval")
     dog, car = (f"{{prompt: a dog, wanted: {{object: {label}}}, seeds: [7]}}" for label in ("dog", "car"))

@@ -15,7 +15,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -441,12 +441,21 @@ def judge_of(name: str, answers: Answers, *, device: str | None = None) -> Evalu
     target = answers.target
     if target and target.label not in evaluator.kinds.get(target.kind, ()):
         known = ", ".join(f"{kind}: {len(labels)} labels" for kind, labels in evaluator.kinds.items())
-        raise RecipeError(f"--evaluator {name}: does not know the {target.kind} {target.label}; it has {known}")
+        told = f"--evaluator {name}: does not know the {target.kind} {target.label}; it has {known}"
+        raise RecipeError(told + _meant([target.label], evaluator))
     for ask in (ask for ask in answers.asks if ask.wanted):
         judged = {kind: label for kind, label in ask.wanted.items() if kind in evaluator.kinds}
         if not judged or any(label not in evaluator.kinds[kind] for kind, label in judged.items()):
-            raise RecipeError(f"--evaluator {name}: cannot see what {ask.prompt!r} wants, {dict(ask.wanted)}")
+            told = f"--evaluator {name}: cannot see what {ask.prompt!r} wants, {dict(ask.wanted)}"
+            raise RecipeError(told + _meant(ask.wanted.values(), evaluator))
     return evaluator
+
+
+def _meant(labels: Iterable[str], evaluator: Evaluator) -> str:
+    """What to say of labels that an evaluator spells otherwise."""
+    own = {known.lower(): known for some in evaluator.kinds.values() for known in some}
+    meant = [own[label.lower()] for label in labels if own.get(label.lower(), label) != label]
+    return f"; did you mean {meant[0]}?" if meant else ""
 
 
 def shown_places(ways: Sequence[Way]) -> list[Place]:

@@ -299,10 +299,10 @@ class ClipZeroShot(Clip):
 class ImageNetClassifier:
     """A classifier of transformers, such as `microsoft/resnet-50`: the most probable class.
 
-    The label is the first of a class's names, in lower case: "church" of "church, church building". It counts by exact
+    The label is the first of a class's names, as it is written: "church" of "church, church building". It counts by exact
     equality, over all classes: a church taken for a "monastery" or a "bell cote" counts as erased. Counting by a part of
     the name, as some do, is biased the other way; details have the five most probable classes to count so. ImageNet has
-    three pairs of classes that share this name: "crane", "maillot" and, in lower case, "cardigan".
+    two pairs of classes that share this name, "crane" and "maillot"; "Cardigan" is a dog, and "cardigan" is worn.
 
     Args:
         model: A folder or a Hub id, with safetensors weights.
@@ -358,7 +358,7 @@ class ImageNetClassifier:
 
 
 def _first_name(label: str) -> str:
-    return label.split(",")[0].strip().lower()
+    return label.split(",")[0].strip()
 
 
 def _parts(items: Sequence[T]) -> Iterable[list[T]]:
