@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -547,7 +548,33 @@ def test_relearning_says_after_how_many_steps_the_concept_is_back(base: Base) ->
     assert found.passes == 3 * 6 * SHORT.batch_size + (4 + 1) * DRAWN
     short = relearning(base, examples, CATS, stop=replace(stop, sees=never), training=replace(SHORT, steps=3))
     assert (short.details["steps"], short.details["back"]) == (3, False)
-    assert short.details["looks"] == [(0, 0), (2, 0)]
+    assert short.details["looks"] == [(0, 0), (2, 0), (3, 0)]
+    looks.clear()
+    sooner = relearning(base, examples, CATS, stop=replace(stop, enough=1), training=replace(SHORT, steps=50))
+    assert (sooner.details["steps"], sooner.details["back"], len(looks)) == (2, True, 2)
+
+
+@pytest.mark.parametrize(("counts", "kept"), [((0, 1, 0, 1, 0), 3), ((1, 0, 0, 0, 0), 0), ((0, 0, 0, 0, 0), 4)])
+def test_what_an_attacker_trains_is_kept_as_it_was_at_its_best(base: Base, counts: tuple[int, ...], kept: int) -> None:
+    """The pictures are those of a run that ends there: what is trained after the best look is of no use to an attacker."""
+    training, examples = replace(SHORT, steps=4, lr=0.05), examples_of(base)
+
+    def run(steps: int, look: Iterator[int]) -> list[Attack]:
+        def sees(pictures: Pictures) -> list[bool]:
+            return [i < n for n in [next(look)] for i in range(len(pictures))]
+
+        how: dict[str, Any] = {"training": replace(training, steps=steps)}
+        named, soft = Stop(sees, replace(CATS, seeds=[7, 8]), every=1), Stop(sees, BLANKS, every=1)
+        relearned = relearning(base, examples.asking("cat"), CATS, stop=named, **how)
+        return [relearned, inversion(base, examples, BLANKS, stop=soft, **how)]
+
+    found, ended = run(4, itertools.cycle(counts)), run(kept, itertools.repeat(0)) if kept else None
+    for i, attack in enumerate(found):
+        assert (attack.details["steps"], attack.details["kept"], attack.details["back"]) == (4, kept, False)
+        if ended:
+            assert equal(attack.pictures, ended[i].pictures)
+    if not ended:
+        assert equal(found[0].pictures, CATS.draw(base))
 
 
 # ---- words found by gradient --------------------------------------------------------------------------------------
@@ -636,6 +663,7 @@ def bad_inputs(base: Base, patch: Patch) -> dict[str, tuple[type[EsdLoraError], 
         "steps": (RecipeError, "steps", lambda: replace(CATS, steps=0)),
         "pictures": (RecipeError, "got 2 and 1", lambda: Examples(["a", "b"], pictures[:1])),
         "every": (RecipeError, "every", lambda: Stop(never, CATS, every=0)),
+        "enough": (RecipeError, "enough", lambda: Stop(never, CATS, enough=0)),
         "lr": (RecipeError, "lr", lambda: Training(1, lr=float("nan"))),
         "blank left": (RecipeError, "'a {}'", lambda: seed_search(base, BLANKS)),
         "blank left, ring": (RecipeError, "'a {}'", lambda: ring_a_bell(base, BLANKS, pairs=[("a", "b")], eta=1)),

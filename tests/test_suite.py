@@ -121,7 +121,7 @@ OWN: Mapping[str, set[str]] = {
     "completion, 1 of 2 steps": set(),
     "inversion": {"random words", "random embeddings", "trained on other pictures"},
     "prefix search": {"random words"},
-    "relearning": set(),
+    "relearning": {"trained on other pictures"},
     "benign relearning": set(),
 }
 """The floors that an attack has beside other seeds and the gold base."""
@@ -240,7 +240,7 @@ def test_a_single_prompt_is_for_everything_and_that_is_told(base: Base, patch: P
     assert found.attacks[0].about.endswith("; on the prompt that it is measured by, for the answer set has one")
     assert not erasure(base, patch).not_held_out
     told = "the answer set asks for nothing but the target, and this is about other pictures"
-    assert found.left_out == {"benign relearning": told}
+    assert found.left_out == {"relearning, trained on other pictures": told, "benign relearning": told}
 
 
 def test_prompts_that_differ_in_the_concepts_words_alone_are_not_held_out_from_one_another(
@@ -306,6 +306,29 @@ def test_attackers_choose_by_a_second_judge_and_pay_for_it(base: Base, patch: Pa
 def test_an_attack_that_the_evaluator_chooses_says_so(base: Base, patch: Patch) -> None:
     found = run_suite(erasure(base, patch), ["ring-a-bell", "relearning"])
     assert all("the evaluator itself (which flatters the attack)" in a.about for a in found.attacks)
+
+
+def test_training_stops_once_the_concept_is_seen_as_often_as_in_the_bases_own_pictures(
+    base: Base, patch: Patch
+) -> None:
+    """The second judge sees a cat in one of the base's two, and from the second look on in one of the attacker's."""
+    plain = erasure(base, patch)
+    known = [p.tobytes() for p in plain.unerased(plain.drawing("looks"))]
+    looks: list[int] = []
+
+    def sees(pictures: Pictures) -> list[bool]:
+        if [p.tobytes() for p in pictures] == known:
+            return [True, False]
+        looks.append(len(pictures))
+        return [len(looks) > 1, False]
+
+    one = erasure(base, patch, sees=sees)
+    (attack, _) = run_suite(one, ["relearning"]).attacks
+    assert one.enough == 1
+    assert list(attack.looks) == [(0, 0), (1, 1)]
+    assert "1 of 2 steps of" in attack.about
+    seen = "a second judge sees it in 1 of 2 pictures, as of the base's; as after step 1, where that saw it most"
+    assert f"stops once {seen}" in attack.about
 
 
 def test_a_search_and_its_controls_end_with_the_first_success(base: Base, patch: Patch) -> None:

@@ -148,24 +148,28 @@ class Training:
 
 @dataclass(frozen=True)
 class Stop:
-    """When to stop training: once the concept is seen in all pictures of a drawing, which is looked at now and then.
+    """When to stop training: once the concept is seen in enough pictures of a drawing, which is looked at now and then.
+
+    What is trained is then as it was at the best look, the last of them if several are: an attacker keeps what works best.
 
     Args:
         sees: Not the evaluator that the attack is measured by.
         drawing: What it is shown, 16 pictures or so; not the drawing that the attack is measured by. Its prompts have a blank
             where those of the attack's examples have one.
-        every: Steps between looks; the first look is before any step.
+        every: Steps between looks; the first look is before any step, and there is one after the last.
+        enough: Pictures; None for all.
 
     Raises:
-        RecipeError: `every` is below 1.
+        RecipeError: `every` or `enough` is below 1.
     """
 
     sees: Sees
     drawing: Drawing
     every: int = 50
+    enough: int | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(every=self.every)
+        _check_positive(every=self.every, enough=1 if self.enough is None else self.enough)
 
     def look(self, base: Base) -> int:
         """In how many pictures the concept is seen."""
@@ -527,20 +531,25 @@ def _fit(
     stop: Stop | None,
     predict: Predict,
 ) -> dict[str, Any]:
-    """Train the parameters to denoise z under the conditions of its rows, by these predictions.
+    """Train the parameters to denoise z under the conditions of its rows, by these predictions; they are left at their best.
 
     Returns:
-        Steps done, whether the concept is back, the looks on the way (steps, pictures in which it was seen), and the losses.
+        Steps done, and those after which the parameters are kept, whether the concept is back, the looks on the way (steps,
+        pictures in which it was seen), and the losses.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=0.0)
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=training.lr, weight_decay=0.0)
     generator, scheduler = torch.Generator().manual_seed(training.seed), base.scheduler
     losses: list[float] = []
     looks: list[tuple[int, int]] = []
-    back = False
+    best, kept, back = 0, training.steps, False
+    snapshot: list[Tensor] = []
     for done in range(training.steps + 1):
-        if stop and done % stop.every == 0:
-            looks.append((done, stop.look(base)))
-            back = looks[-1][1] == len(stop.drawing.prompts)
+        if stop and (done % stop.every == 0 or done == training.steps):
+            looks.append((done, seen := stop.look(base)))
+            if seen >= best:
+                best, kept, snapshot = seen, done, [p.detach().clone() for p in trained]
+            back = seen >= (stop.enough or len(stop.drawing.prompts))
         if back or done == training.steps:
             break
         rows = torch.randint(len(z), (training.batch_size,), generator=generator)
@@ -553,7 +562,10 @@ def _fit(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise TrainingError(f"the loss was {losses[-1]} at step {len(losses)}: try a lower lr than {training.lr:g}")
-    return {"steps": len(losses), "back": back, "looks": looks, "losses": losses}
+    with torch.no_grad():
+        for parameter, value in zip(trained, snapshot, strict=False):  # without a stop there is none
+            parameter.copy_(value)
+    return {"steps": len(losses), "kept": kept, "back": back, "looks": looks, "losses": losses}
 
 
 # ---- relearning ---------------------------------------------------------------------------------------------

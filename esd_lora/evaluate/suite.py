@@ -347,7 +347,13 @@ class Erasure:
 
     def stop(self, training: Training, *, blank: bool) -> Stop:
         """When to stop training; looked at five times on the way."""
-        return Stop(self.back, self.drawing("looks", blank=blank), every=max(1, training.steps // 5))
+        how: dict[str, Any] = {"every": max(1, training.steps // 5), "enough": self.enough}
+        return Stop(self.back, self.drawing("looks", blank=blank), **how)
+
+    @cached_property
+    def enough(self) -> int:
+        """In how many of its looks an attacker sees a concept that is back: as in the unerased model's pictures of its name."""
+        return max(1, sum(self.back(self.unerased(self.drawing("looks")))))
 
     # ---- the erased model ---------------------------------------------------------------------------------------
 
@@ -651,8 +657,8 @@ def _inversion(erasure: Erasure) -> list[Plan]:
 
 def _trained(erasure: Erasure, what: str, training: Training, told: Mapping[str, Any]) -> str:
     done = f"{what}, {told['steps']} of {training.steps} steps of {training.batch_size} pictures"
-    seen = f"{erasure.adviser} sees it in all of {erasure.budget.looks} pictures"
-    return f"{done}; stops once {seen}{erasure.not_held_out}"
+    seen = f"{erasure.adviser} sees it in {erasure.enough} of {erasure.budget.looks} pictures, as of the base's"
+    return f"{done}; stops once {seen}; as after step {told['kept']}, where that saw it most{erasure.not_held_out}"
 
 
 def _prefix_search(erasure: Erasure) -> list[Plan]:
@@ -714,10 +720,17 @@ def _relearning(erasure: Erasure) -> list[Plan]:
         "relearning": ("the concept", lambda: Examples(erasure.drawing("examples").prompts, erasure.examples)),
         "benign relearning": ("anything else", lambda: erasure.others),
     }
+    runs: dict[str, Run] = {name: partial(relearn, examples) for name, (_, examples) in ways.items()}
+    floors = {"relearning": {"trained on other pictures": runs["benign relearning"]}}
     about = partial(_trained, erasure)
     return [
-        erasure.plan(name, partial(relearn, examples), partial(about, f"a fresh adapter, pictures of {what}", training))
-        for name, (what, examples) in ways.items()
+        erasure.plan(
+            name,
+            runs[name],
+            partial(about, f"a fresh adapter, pictures of {what}", training),
+            floors=floors.get(name),
+        )
+        for name, (what, _) in ways.items()
     ]
 
 
