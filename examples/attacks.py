@@ -44,11 +44,11 @@ HEAD = """# What brings a concept back
 By `python examples/attacks.py`: how often the evaluator sees the erased concept under attack, per cent with 95 % intervals of
 the pictures. *Floor*: the highest of the controls that do without the attack's idea: asking by name from the same seeds (for
 the prefix search from as many as it tries), asking for other things, where an evaluator sees it by mistake, random words,
-training on other pictures. *Beyond*: what the attack found that its
-floor did not, with Newcombe's interval; one that holds 0 has found nothing. *Gold*: the same attack on a base that was trained
-without the concept, which is one of the floors. *Ceiling*: the same attack on the unerased base. Passes are latents through
-the denoiser, a backward pass counted as two. Each attack that trains was run once: how far another start would come is not in
-its interval. Prompts, seeds and looks are in `attacks.json` of each folder.
+training on other pictures. *Beyond*: what the attack found that its floor did not, with Newcombe's interval; one that holds 0
+shows nothing. *Gold*: the same attack on a base that was trained without the concept, which is one of the floors. *Ceiling*:
+the same attack on the unerased base. Passes are latents through the denoiser, a backward pass counted as two. Each attack that
+trains was run once: how far another start would come is not in its interval. It is measured as it was where a second judge saw
+most, or after its last step where its `about` does not say so. Prompts, seeds and looks are in `attacks.json` of each folder.
 
 ![Found by each attack](attacks.png)
 """

@@ -385,20 +385,23 @@ target gone; kept: object and style right where something else is asked for; IRA
 kind, right; at target: the other kind right where the target is asked for; near: its neighbours kept. Of each kept concept a
 target has two pictures or so: too few to tell which are the worst.
 
-Our defaults are trained three times. All else is made once: keyed patches and UCE are solved for, and have no seed, and
-fine-tuning takes ten minutes of one core. *Data filtering* is one base that was trained without cats and neon (`python
-examples/emoji/train_unet.py --without cat neon --steps 3000`, then `benchmark.py --targets cat neon --against uce --gold RUN`).
-Every method draws the same prompts from the same noise, of which the three controls draw 12 of the target and 36 others, so
-that *null* may differ from *base* in the rates of a few targets though every picture is the same. These are a choice from the
-grid: neighbours are a quarter of what is to be kept where the target has any. In CRA, prompts for the target weigh a seventh to
-a ninth for objects and a quarter to a third for styles; in UnlearnCanvas a twentieth and a sixth.
+Our defaults are trained three times. All else is made once: keyed patches and UCE are solved for, and have no seed;
+fine-tuning by ESD takes ten minutes of one core and LECO twenty, so that they have few targets, which the tables tell, and in
+the plot lines of a few or of one. *Data filtering* is one base that was trained without cats and neon (`python
+examples/emoji/train_unet.py --without cat neon --steps 3000`, then `benchmark.py --targets cat neon --against uce --gold
+RUN`). Every method draws the same prompts from the same noise, of which the three controls draw 12 of the target and 36
+others, so that *null* may differ from *base* in the rates of a few targets though every picture is the same. These are a
+choice from the grid: neighbours are a quarter of what is to be kept where the target has any. In CRA, prompts for the target
+weigh a seventh to a ninth for objects and a quarter to a third for styles; in UnlearnCanvas a twentieth and a sixth.
 
 Ours and UCE preserve what a list of everyday words names, most of the kept objects and styles among them; the authors' ESD and
-LECO preserve nothing, as ours in *nothing preserved*. The rates and steps of ESD and LECO were fitted to this base. The presets
-of Safe Latent Diffusion are in units of Stable Diffusion 1's ε: other λ between its last two are tried as well, as are negative
-prompts of 4 and 10, of some targets, which the last table tells; strengths that not all of a method's targets have are in that
-table alone. Keyed patches and UCE are solved for the concept in a few templates, of which one is that of the answers, "a {} in
-{} style": of prompts in other words they may erase less.
+LECO preserve nothing, as ours in *nothing preserved*. The rates and steps of ESD and LECO were fitted to this base, on which
+their own erase too little: four times the rate of the authors' code for ESD, ten times that of LECO's. ESD-u has every weight
+outside cross-attention, as in the paper; the authors' present code leaves out norms. The presets of Safe Latent Diffusion are
+in units of Stable Diffusion 1's ε: other λ between its last two are tried as well, as are negative prompts of 4 and 10, of
+some targets, which the last table tells; strengths that not all of a method's targets have are in that table alone. Keyed
+patches and UCE are solved for the concept in a few templates, of which one is that of the answers, "a {} in {} style": of
+prompts in other words they may erase less.
 
 ![Erased over kept](benchmark.png)
 
