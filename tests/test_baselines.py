@@ -689,7 +689,7 @@ def test_both_take_adapters_off_and_leave_none(base: Base, patch: Patch) -> None
 
 
 def test_uce_is_the_least_squares_edit_of_whole_weights(base: Base, recipe_of: RecipeOf) -> None:
-    told = recipe_of(objective="closed-form", eta=0.0, concepts=["cat", "dog"])
+    told = recipe_of(objective="closed-form", eta=0.0, concepts=["cat", "dog"], preserve=[])
     before = weights_of(base)
     made = uce(base, [Concept.model_validate({"erase": "cat", "from": "a cat in neon style"}), Concept(erase="dog")])
     assert same(weights_of(base), before)

@@ -111,7 +111,7 @@ def test_train_leaves_patch_curve_and_grid_and_prints_json(call: Call, tiny_fold
 
 def test_train_takes_a_recipe_and_options_win(call: Call, tiny_folder: Path) -> None:
     Path("cat.yaml").write_text(
-        f"base: {tiny_folder}\nconcepts: cat\nsteps: 2\ntrajectories: 1\ntrajectory_steps: 2\npreserve: [dog]\nrank: 2\n"
+        f"base: {tiny_folder}\nconcepts: cat\nsteps: 2\ntrajectories: 1\ntrajectory_steps: 2\npreserve: [fox]\nrank: 2\n"
     )
     result = call("train", "cat.yaml", "--set", "rank=3", "--erase", "dog", "--replace-with", "a bird", "-q")
     assert (result.code, result.err) == (0, "")
@@ -138,7 +138,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def written(name: str, tiny_folder: Path, **values: object) -> str:
     """A recipe file that trains in no time."""
-    short = {"base": str(tiny_folder), "steps": 2, "trajectories": 1, "trajectory_steps": 2, "preserve": ["dog"]}
+    short = {"base": str(tiny_folder), "steps": 2, "trajectories": 1, "trajectory_steps": 2, "preserve": ["fox"]}
     Path(name).write_text(json.dumps({**short, **values}))  # JSON is YAML
     return name
 

@@ -81,7 +81,7 @@ def pair(base: Base, recipe_of: RecipeOf) -> list[Patch]:
     """Two patches of different concepts and layers."""
     return [
         train(recipe_of(concepts="cat", lr=0.05, max_grad_norm=1e3), base),
-        train(recipe_of(concepts="dog", layers="full", rank=1, lr=0.05, max_grad_norm=1e3), base),
+        train(recipe_of(concepts="dog", preserve=["", "cat"], layers="full", rank=1, lr=0.05, max_grad_norm=1e3), base),
     ]
 
 

@@ -23,7 +23,7 @@ from esd_lora.trajectories import stems
 @pytest.fixture
 def other(base: Base, recipe_of: RecipeOf) -> Patch:
     """A patch of another concept."""
-    return train(recipe_of(concepts="dog", rank=3, lr=0.05, max_grad_norm=1e3), base)
+    return train(recipe_of(concepts="dog", preserve=["", "cat"], rank=3, lr=0.05, max_grad_norm=1e3), base)
 
 
 def test_an_action_is_the_relative_change_of_keys_and_values(base: Base, patch: Patch, other: Patch) -> None:
