@@ -405,16 +405,15 @@ def _read_csv(path: Path) -> list[tuple[int, _Row]]:
         raise RecipeError(f"{path}: cannot read the answer set: {reason}") from error
     if not {"prompt", "caption"} & set(columns):
         raise RecipeError(f"{path}: no column prompt or caption; there are: {', '.join(columns) or 'none'}")
-    blank = [line for line, cells in rows if not any((cells.get(c) or "").strip() for c in ("prompt", "caption"))]
-    rows = [(line, cells) for line, cells in rows if line not in blank]
-    if not rows:
+    asking = {line: cells for line, cells in rows if any((cells.get(c) or "").strip() for c in ("prompt", "caption"))}
+    if not asking:
         raise RecipeError(f"{path}: no rows with a prompt")
-    if blank:
-        lines_of = ", ".join(map(str, blank[:SHOWN]))
-        warnings.warn(f"{path}: left out {_counted(len(blank), 'row')} without a prompt, line {lines_of}", stacklevel=4)
-    lines = [line for line, _ in rows]
+    if blank := [str(line) for line, _ in rows if line not in asking]:
+        shown = ", ".join(blank[:SHOWN])
+        warnings.warn(f"{path}: left out {_counted(len(blank), 'row')} without a prompt, line {shown}", stacklevel=4)
+    lines = list(asking)
     try:
-        return list(zip(lines, _ROWS.validate_python([cells for _, cells in rows]), strict=True))
+        return list(zip(lines, _ROWS.validate_python(list(asking.values())), strict=True))
     except ValidationError as error:
         told = [f"line {lines[int(e['loc'][0])]}: {_explain({**e, 'loc': e['loc'][1:]})}" for e in error.errors()]
         raise _refused(path, told) from None
