@@ -54,16 +54,23 @@ most, or after its last step where its `about` does not say so. Prompts, seeds a
 """
 
 
+def patch_of(name: str, folder: Path) -> Path:
+    """Where a patch is, trained now if it was not."""
+    patch = folder / name
+    if not (patch / FILE_NAME).exists():
+        esd_lora("train", *TRAINED[name], "--out", str(patch), "--quiet")
+    return patch
+
+
 def made(name: str, out: Path, only: Sequence[str], gold: Path | None) -> Evidence | None:
     """The attacks on a patch, after those that are asked for; None if there are none."""
-    patch, folder = out / "patches" / name, out / name
-    if only and not (patch / FILE_NAME).exists():
-        esd_lora("train", *TRAINED[name], "--out", str(patch), "--quiet")
+    folder = out / name
     zero = ["--gold", str(gold / "pipeline")] if gold and name.split("-")[0] in without(gold) else []
     for wanted, how in (([a for a in only if a != MERGED], []), ([a for a in only if a == MERGED], ["--merged"])):
         if wanted:
             asked = [word for attack in wanted for word in ("--only", attack)]
-            esd_lora("attack", "--base", "emoji", "--patch", str(patch), "--out", str(folder), *zero, *how, *asked)
+            patch = str(patch_of(name, out / "patches"))
+            esd_lora("attack", "--base", "emoji", "--patch", patch, "--out", str(folder), *zero, *how, *asked)
     return read_evidence(folder) if (folder / EVIDENCE).exists() else None
 
 

@@ -111,9 +111,9 @@ def test_every_way_draws_the_same_answers_and_controls_do_what_they_must(
     rulers = make_report(report).rulers
     assert places["scrambling", 1.0].drift(rulers) > places["null", 1.0].drift(rulers)  # type: ignore[operator]
     assert write_page(report, comparison.folder / "report.html").stat().st_size > 10_000
-    gaps = {m["about"]: m["value"] for m in report["measures"]}
-    assert len(gaps) == 4
-    assert all(value != 0 for value in gaps.values())  # the patch changes what it denoises
+    gaps = {(m["method"], m["about"]): (m["value"], m["low"], m["high"]) for m in report["measures"]}
+    assert [method for method, _ in gaps] == ["cat"] * 4 + ["null"] * 4
+    assert all((gap == (0, 0, 0)) == (method == "null") for (method, _), gap in gaps.items())  # to the last bit
     again = compare(replace(comparison, gaps=False), found, title="A cat", command="esd-lora eval")
     assert again == {**report, "measures": []}
 

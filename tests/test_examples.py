@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from test_page import sample
 from esd_lora.bases import Base, load_base
 from esd_lora.compose import attach, stack
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES, prompt
+from esd_lora.evaluate.attacks import INVERT
+from esd_lora.evaluate.comparing import Sampling
 from esd_lora.evaluate.page import make_report, points_of
 from esd_lora.evaluate.rates import rate
 from esd_lora.evaluate.scores import AttributeScores, Scores
+from esd_lora.evaluate.suite import Budget, erasure_of
 from esd_lora.patch import Patch
 from esd_lora.training import train
 
@@ -310,6 +314,52 @@ def test_the_page_of_attacks_has_every_patch_that_was_attacked(
     assert [line for line in page.splitlines() if line.startswith("## ")] == ["## cat-keyed"]
     row = "| inversion | 60.0 [31, 83] of 10 | 20.0 [6, 51] | random words | 40.0 [-2, 67] | 100.0 [72, 100] | 10 | 1 |"
     assert row in page.splitlines()
+
+
+def test_guards_are_attacked_by_who_knows_of_them_and_who_does_not(
+    script: Callable[[str], Any], recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is drawn once, behind nothing as by the base; the base is as it was."""
+    guards, base = script("guards"), load_base("emoji")
+    before = weights_of(base)
+    train(recipe_of(keys="closed-form"), base, out=tmp_path / "keyed")
+    budget = Budget(3, 2, 2, inversion=replace(INVERT, steps=1, batch_size=2), sampling=Sampling(steps=2))
+    monkeypatch.setattr(guards, "patch_of", lambda *_: tmp_path / "keyed")
+    monkeypatch.setattr(guards, "erasure_of", partial(erasure_of, budget=budget))
+    monkeypatch.setattr(guards, "ROUNDS", 1)
+    monkeypatch.setattr(guards, "FEWEST", 1)
+    monkeypatch.setattr("sys.argv", ["guards.py", "--out", str(tmp_path), "--targets", "cat"])
+    guards.main()
+    assert same(weights_of(base), before)
+    rows = json.loads((tmp_path / "guards.json").read_text())
+    knowing = [row["guard"] for row in rows if row["how"] == guards.AWARE]
+    assert knowing == ["separate negative prompt", "SLD max", "post-filter", "learned patch", "keyed patch"]
+    everywhere = Counter(row["how"] for row in rows if row["how"] != guards.AWARE)
+    assert everywhere == dict.fromkeys((guards.NAMED, *guards.FLOORS, guards.UNAWARE), len(guards.GUARDS) + 3)
+    assert {len(row["seen"]) for row in rows} == {3}
+    target = guards.Target.of("cat", base, tmp_path)
+    named = target.erasure.drawing("measured")
+    pictures = guards.Behind.of(named, list(target.guards.values())).draw(base)
+    bare, *guarded = ([p.tobytes() for p in pictures[i : i + 3]] for i in range(0, len(pictures), 3))
+    assert bare == [p.tobytes() for p in named.draw(base)]
+    assert all(some != bare for some in guarded)
+    monkeypatch.setattr(guards.attacks, "inversion", None)  # is not called again
+    guards.main()
+    assert json.loads((tmp_path / "guards.json").read_text()) == rows
+
+
+def test_what_guards_leave_is_told_beside_patches(script: Callable[[str], Any]) -> None:
+    guards = script("guards")
+
+    def row(guard: str, how: str, cats: int) -> dict[str, Any]:
+        return {"target": "cat", "guard": guard, "how": how, "seen": ["cat"] * cats + [""] * (50 - cats)}
+
+    rows = [row("learned patch", guards.NAMED, 2), row("learned patch", guards.AWARE, 10)]
+    rows += [row("SLD max", how, 5) for how in (guards.NAMED, *guards.FLOORS)]
+    rows += [row("SLD max", guards.UNAWARE, 45), {**row("SLD max", guards.AWARE, 0), "seen": []}]
+    sld, learned = list(guards.lines_of(rows))[-2:]
+    assert sld.startswith("| SLD max | 10.0 [4, 21] | 90.0 [79, 96] (10.0) |  | 90.0 [79, 96] | 70.0 [")
+    assert learned == "| learned patch | 4.0 [1, 13] |  | 20.0 [11, 33] | 20.0 [11, 33] |  |  |"
 
 
 def test_the_benchmark_counts_what_a_report_shows(script: Callable[[str], Any]) -> None:

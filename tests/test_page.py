@@ -739,7 +739,7 @@ def test_troubles_are_noticed(browser: Browser, tmp_path: Path) -> None:
 def test_controls_that_do_not_do_what_they_must_are_told(tmp_path: Path) -> None:
     """One that changes nothing may move pictures by a twentieth of what other noise does, for batches round otherwise.
 
-    One that ruins every picture may keep half of what the base does.
+    On the same batches it may do nothing, and one that ruins every picture may keep half of what the base does.
     """
     values = sample(tmp_path)
     values["methods"] += [{"name": n, "role": "control"} for n in ("null", "scrambling")]
@@ -747,18 +747,23 @@ def test_controls_that_do_not_do_what_they_must_are_told(tmp_path: Path) -> None
     kept_by_base = [row for row in bare if row["group"] != "target" and whole(row)]
     ruined, half = {"object": "other", "style": "other"}, len(kept_by_base) // 2
 
-    def told(drift: float, kept: int) -> list[str]:
+    def told(drift: float, kept: int, gap: float = 0.0) -> list[str]:
         stay = kept_by_base[:kept]
         rows = [{**row, "method": "null", "drift": drift} for row in bare]
         rows += [{**row, "method": "scrambling", "seen": row["seen"] if row in stay else ruined} for row in bare]
-        write_page({**values, "rows": [*values["rows"], *rows]}, tmp_path / "page.html")
+        of_zeros = {"method": "null", "strength": 1, "about": "denoise gap", "n": 8}
+        measures = [{**of_zeros, "value": 0, "low": -gap, "high": gap}]
+        told = {"rows": [*values["rows"], *rows], "measures": measures}
+        write_page({**values, **told}, tmp_path / "page.html")
         return re.findall(r'data-is="doubt">([^<.:]*)', (tmp_path / "page.html").read_text())
 
     moved = "A patch of zeros moved the pictures"
+    denoised = "A patch of zeros denoises otherwise than the base, where every bit should be the same"
     kept = "A patch that ruins every picture keeps more than half of what the base does"
     assert told(0.025, half) == []
     assert told(0.03, 0) == [moved]
     assert told(0.0, half + 1) == [kept]
+    assert told(0.0, 0, gap=1e-9) == [denoised]
 
 
 def test_the_command_line_renders_what_is_in_a_folder(call: Call, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from esd_lora.evaluate.answers import (
 from esd_lora.evaluate.drift import Features, denoise_gap, drift, feature_maps, kid, latents_of, pixel_drift, pooled
 from esd_lora.evaluate.evaluators import Clip, Evaluator, Featured, Mapped, NudeNet, count, load_evaluator_by_name
 from esd_lora.evaluate.page import (
+    NULL,
     Measure,
     Method,
     Place,
@@ -333,7 +334,7 @@ def compare(
         "made": made(comparison, command=command),
     }
     document = make_report(report)
-    for doubt in doubts_of(points_of(document), document.rulers):
+    for doubt in doubts_of(points_of(document), document.rulers, document.measures):
         warnings.warn(doubt, stacklevel=2)
     processes.agreed(lambda: write_file(comparison.folder / SEEN, _lines(details)))
     processes.agreed(lambda: write_file(comparison.folder / "report.json", _json(report)))
@@ -616,10 +617,13 @@ def _fits(comparison: Comparison, drawn: Drawn) -> list[Measure]:
 
 
 def denoise_gaps(comparison: Comparison, way: Way, before: Mapping[Ask, Image.Image]) -> list[Measure]:
-    """How much worse a way that is a patch denoises the base's own pictures, asked by their prompts and by the empty one."""
+    """How much worse a way that is a patch denoises the base's own pictures, asked by their prompts and by the empty one.
+
+    Of the controls the patch of zeros has one, which must be exactly 0: with it and without it batches are the same.
+    """
     base, found = comparison.base, []
     with way.at(way.default) as setting:
-        if not setting.patches or way.method.role == "control":
+        if not setting.patches or (way.method.role == "control" and way.method.name != NULL):
             return []
         for group, asks in _sides(comparison.answers.asks, RULED):
             x_0 = latents_of(base, [before[a] for a in asks])

@@ -490,17 +490,23 @@ class Point:
         return Counter(r.seen[self.target.kind] for r in self.rows if _asks(r))
 
 
+NULL = "null"
+"""The control that is a patch of zeros."""
 STILL = 0.05
 """How far a patch of zeros may move pictures, on the rulers of drift: batches of another size round otherwise."""
 RUINED = 0.5
 """What a patch that ruins every picture may keep, of what the base does."""
 
 
-def doubts_of(points: Sequence[Point], rulers: Rulers | None) -> list[str]:
+def doubts_of(points: Sequence[Point], rulers: Rulers | None, measures: Sequence[Measure] = ()) -> list[str]:
     """What controls tell against a whole report: one that changes nothing did, or one that ruins everything lost too little."""
     named = {p.method.name: p for p in points if p.method.role == "control"}
-    null, ruin = named.get("null"), named.get("scrambling")
+    null, ruin = named.get(NULL), named.get("scrambling")
     found = []
+    if any(m.method == NULL and (m.low, m.high) != (0, 0) for m in measures):
+        found.append(
+            "A patch of zeros denoises otherwise than the base, where every bit should be the same. Trust no rate here."
+        )
     if null and (null.drift(rulers) or 0) > STILL:
         found.append(
             "A patch of zeros moved the pictures: they differ by more than what is compared. Trust no rate here."
@@ -661,7 +667,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> Path:
         concepts=concepts,
         worst=kept[:3],
         attacks=attacks,
-        doubts=doubts_of(points, document.rulers),
+        doubts=doubts_of(points, document.rulers, document.measures),
         beside=[v for p in points if p not in (bare, columns[1]) and (v := versus(columns[1], p))],
         strongest=strongest(attacks),
         lowest=math.floor(10 * min(0.9, *(p.kept.value for p in points if p.method.role != "control"))) / 10,

@@ -42,7 +42,7 @@ from esd_lora.evaluate.baselines import (
 )
 from esd_lora.evaluate.controls import null_patch, random_like, scrambling_patch
 from esd_lora.evaluate.evaluators import sha256_of
-from esd_lora.evaluate.page import Cost, Method, Target
+from esd_lora.evaluate.page import NULL, Cost, Method, Target
 from esd_lora.patch import Patch, load_patch, write_file
 from esd_lora.pictures import Pictures
 from esd_lora.recipe import Concept, Layers
@@ -152,7 +152,7 @@ def control_ways(base: Base, patch: Patch, *, layers: Layers, seed: int = 0) -> 
     weights = (base.denoiser.get_submodule(name).weight for name in base.matched(layers))
     rank = min(max(patch.ranks.values()), *(min(weight.shape) for weight in weights))  # a stack's may be larger
     made = {
-        "null": (null_patch(base, layers, rank), "control: a patch of zeros, which must change nothing"),
+        NULL: (null_patch(base, layers, rank), "control: a patch of zeros, which must change nothing"),
         "random": (random_like(patch, seed), "control: random numbers in the patch's layers, as large as its own"),
         "scrambling": (scrambling_patch(base, layers, rank, seed=seed), "control: a patch that ruins every picture"),
     }
