@@ -5,11 +5,11 @@
 Each target gets a report of its own in a folder of its name; what was trained or drawn is kept, so that the script goes on
 where it stopped, for some hours on two cores, and goes back to a target where more methods are asked for; to these alone
 where our own patches are no longer there, and to the strengths that it lacks. The counts of all reports are in
-`benchmark.json`, with hashes of what they were measured with; of these `benchmark.md` and its plot are made, and `facts.py`
-says what follows. Rates are means over targets, their intervals over targets and, within each, training seeds. Pictures
-take half the usual steps, by which the base draws as well. What is published is docs/benchmark.json: with a copy of it in
-the folder the script adds to that. `--gold` names what `emoji/train_unet.py --without` left; it is compared for the targets
-that it lacks, and asked for no other that it lacks.
+`benchmark.json`, with hashes of what they were measured with, and in the precision of the first; of these `benchmark.md` and
+its plot are made, and `facts.py` says what follows. Rates are means over targets, their intervals over targets and, within
+each, training seeds. Pictures take half the usual steps, by which the base draws as well. What is published is
+docs/benchmark.json: with a copy of it in the folder the script adds to that. `--gold` names what `emoji/train_unet.py
+--without` left; it is compared for the targets that it lacks, and asked for no other that it lacks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from esd_lora.evaluate.page import Group, Point, Target, make_report, points_of,
 from esd_lora.evaluate.rates import Rate, cluster_bootstrap, mean_of_few, wilson
 from esd_lora.evaluate.ways import BASELINES, ON_EMOJI, Subject, Way, baseline_way, control_ways, gold_way, patch_way
 from esd_lora.patch import write_file
-from esd_lora.recipe import Concept, Recipe
+from esd_lora.recipe import Concept, DType, Recipe
 from esd_lora.training import read_cost, train
 
 PICTURES: Mapping[Group, int] = {"target": 30, "neighbour": 12, "unrelated": 36}
@@ -76,9 +76,9 @@ class Gold:
     lacks: frozenset[str]
 
     @classmethod
-    def of(cls, run: Path) -> Gold:
+    def of(cls, run: Path, *, dtype: DType) -> Gold:
         """What a run of train_unet.py left."""
-        return cls(load_base(str(run / "pipeline"), dtype=quick_dtype()), frozenset(without(run)))
+        return cls(load_base(str(run / "pipeline"), dtype=dtype), frozenset(without(run)))
 
 
 def others_for(subject: Subject, against: Sequence[str], gold: Gold | None) -> Iterator[Way]:
@@ -117,6 +117,7 @@ class Bench:
     out: Path
     seeds: int
     gold: Gold | None
+    dtype: DType
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -126,6 +127,7 @@ class Bench:
         hashes = {"base": base.fingerprint, "parts": base.parts_fingerprint, "evaluator": evaluator.digest}
         return {
             **hashes,
+            "dtype": self.dtype,
             "sampling": asdict(SAMPLING),
             "pictures": dict(PICTURES),
             "seeds": self.seeds,
@@ -458,11 +460,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.gold and not (args.gold / "training.json").is_file():
         parser.error(f"--gold: {args.gold} is no finished run of train_unet.py")
-    gold = Gold.of(args.gold) if args.gold else None
-    quick, trainer = load_base("emoji", dtype=quick_dtype()), load_base("emoji")
-    bench = Bench(quick, trainer, EmojiEvaluator(), args.out, args.seeds, gold)
     path = args.out / "benchmark.json"
     found: Known = json.loads(path.read_text()) if path.exists() else {"targets": {}, "rows": []}
+    dtype: DType = next((s["dtype"] for s in found["targets"].values() if "dtype" in s), quick_dtype())
+    gold = Gold.of(args.gold, dtype=dtype) if args.gold else None
+    quick, trainer = load_base("emoji", dtype=dtype), load_base("emoji")
+    bench = Bench(quick, trainer, EmojiEvaluator(), args.out, args.seeds, gold, dtype)
     known = standing_with(found, bench.setting)
     if others := [t for t in found["targets"] if t not in known["targets"]]:
         parser.error(
