@@ -2,12 +2,12 @@
 
     python benchmarks/robust.py --out runs/robust [--concept cat] [--patches default "robust: 2"] [--seeds 0 1]
 
-An object of the embedded base is erased with the defaults, with rounds of an adversary, and, for the time that these take, with
-more steps. UA, IRA and CRA are those of an answer set. Then the concept is asked for in other words, of which robust training
-was told the synonyms and not the misspellings; and an attacker has four soft words and 250 steps on pictures of the concept in
-three styles, and what it draws with them in the other three, from seeds and noise never used, is judged. The unerased base is
-the ceiling. Seconds are those of training, on this machine. What is measured stays in the folder, so that the script goes on
-where it stopped.
+An object or a style of the embedded base is erased with the defaults, with rounds of an adversary, and, for the time that these
+take, with more steps. UA, IRA and CRA are those of an answer set. Then the concept is asked for in other words, of which robust
+training was told the synonyms and not the misspellings; and an attacker has four soft words and 250 steps on pictures of an
+object in three styles, or of a style in ten objects, and what it draws with them in the others, from seeds and noise never
+used, is judged. The unerased base is the ceiling. Seconds are those of training, on this machine. What is measured stays in the
+folder, so that the script goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from esd_lora.evaluate.rates import Rate, rate
 from esd_lora.evaluate.scores import FIRST_SEED, answer_set, draw, score
 from esd_lora.evaluate.suite import misspellings
 from esd_lora.patch import Patch, write_file
-from esd_lora.pictures import generate
+from esd_lora.pictures import Pictures, generate
 from esd_lora.recipe import Recipe
 from esd_lora.training import train
 
@@ -44,47 +44,65 @@ PATCHES: Mapping[str, dict[str, Any] | None] = {
 """What a recipe has besides its concept; None for the unerased base."""
 
 RATES = ("UA", "IRA", "CRA", "in other words", "by inversion")
-TARGET_SEEDS, KEPT_SEEDS = 10, 1
+ASKED, KEPT_SEEDS = 60, 1
+"""Pictures that ask for the concept, and seeds of all that do not."""
 SHOWN, DRAWN = 48, 64
 """Pictures that the attacker trains on, and that it draws."""
+WITH = 6
+"""How many of what a concept is asked for with it is asked for in other words with: of an object all."""
 
 
-SHOWN_IN, DRAWN_IN = list(STYLES)[::2], list(STYLES)[1::2]
-"""The styles in which the attacker is shown the concept, and in which it draws it."""
+def beside(concept: str) -> list[str]:
+    """What an object or a style is asked for with: in every style, or of every object."""
+    return list(STYLES if concept in OBJECTS else OBJECTS)
 
 
-def in_styles(words: str, n: int, styles: Sequence[str]) -> list[str]:
-    """So many prompts for these words, in these styles in turn."""
-    return [prompt(words, styles[i % len(styles)]) for i in range(n)]
+def shown_and_drawn(concept: str) -> tuple[list[str], list[str]]:
+    """What the attacker is shown the concept with, and what it draws it with."""
+    every = beside(concept)
+    return every[::2], every[1::2]
+
+
+def asking(concept: str, words: str, n: int, others: Sequence[str]) -> list[str]:
+    """So many prompts for the concept in these words, with these others in turn."""
+    pairs = ((words, others[i % len(others)]) for i in range(n))
+    return [prompt(*pair) if concept in OBJECTS else prompt(*reversed(pair)) for pair in pairs]
 
 
 def kept_and_erased(concept: str, patch: Patch | None, evaluator: Evaluator) -> dict[str, Rate]:
     """UA, IRA and CRA on an answer set; the base's are a row of their own."""
-    cells = answer_set(concept, target_seeds=TARGET_SEEDS, kept_seeds=KEPT_SEEDS)
+    cells = answer_set(concept, target_seeds=ASKED // len(beside(concept)), kept_seeds=KEPT_SEEDS)
     judged = evaluator.judge(draw(load_base("emoji"), cells, [patch] if patch else []))
     found = score(concept, cells, judged, judged, evaluator)
     return {name: replace(r, base=None) for name, r in (("UA", found.ua), ("IRA", found.ira), ("CRA", found.cra))}
 
 
 def in_other_words(concept: str, patch: Patch | None, evaluator: Evaluator) -> Rate:
-    """How often the concept is in pictures of its synonyms and misspellings, in every style."""
+    """How often the concept is in pictures of its synonyms and misspellings, with all that it is asked for with."""
     base = load_base("emoji")
     attach(base, [patch] if patch else [])
-    forms = [*OBJECTS[concept], *misspellings(concept)]
-    asked = [text for form in forms for text in in_styles(form, len(STYLES), list(STYLES))]
-    seen = evaluator.judge(generate(base, asked, [FIRST_SEED + 600_000 + i for i in range(len(asked))])).objects
-    return rate([label == concept for label in seen])
+    forms, others = [*{**OBJECTS, **STYLES}[concept], *misspellings(concept)], beside(concept)[:WITH]
+    asked = [text for form in forms for text in asking(concept, form, len(others), others)]
+    return seen_in(generate(base, asked, [FIRST_SEED + 600_000 + i for i in range(len(asked))]), concept, evaluator)
+
+
+def seen_in(pictures: Pictures, concept: str, evaluator: Evaluator) -> Rate:
+    """How often the concept is in pictures."""
+    judged = evaluator.judge(pictures)
+    return rate([label == concept for label in (judged.objects if concept in OBJECTS else judged.styles)])
 
 
 def by_inversion(concept: str, patch: Patch | None, evaluator: Evaluator) -> Rate:
     """How often the concept is in pictures that the attacker draws."""
     base = load_base("emoji")
-    shown = generate(base, in_styles(concept, SHOWN, SHOWN_IN), [FIRST_SEED + 400_000 + i for i in range(SHOWN)])
+    shown_with, drawn_with = shown_and_drawn(concept)
+    seeds = [FIRST_SEED + 400_000 + i for i in range(SHOWN)]
+    shown = generate(base, asking(concept, concept, SHOWN, shown_with), seeds)
     attach(base, [patch] if patch else [])
-    drawing = Drawing(in_styles(BLANK, DRAWN, DRAWN_IN), [FIRST_SEED + 500_000 + i for i in range(DRAWN)])
-    examples = Examples(in_styles(BLANK, SHOWN, SHOWN_IN), shown)
+    drawing = Drawing(asking(concept, BLANK, DRAWN, drawn_with), [FIRST_SEED + 500_000 + i for i in range(DRAWN)])
+    examples = Examples(asking(concept, BLANK, SHOWN, shown_with), shown)
     attack = inversion(base, examples, drawing, tokens=4, training=Training(250))
-    return rate([seen == concept for seen in evaluator.judge(attack.pictures).objects])
+    return seen_in(attack.pictures, concept, evaluator)
 
 
 def trained(base: Base, concept: str, fields: Mapping[str, Any], seed: int) -> tuple[Patch, float]:
@@ -95,7 +113,8 @@ def trained(base: Base, concept: str, fields: Mapping[str, Any], seed: int) -> t
 
 def recipe_of(concept: str, fields: Mapping[str, Any], seed: int) -> Recipe:
     """The defaults but for these fields."""
-    named = {"erase": concept, "synonyms": OBJECTS[concept]}
+    end = " style" if concept in STYLES else ""
+    named = {"erase": concept + end, "synonyms": [form + end for form in {**OBJECTS, **STYLES}[concept]]}
     return Recipe.model_validate({"base": "emoji", "concepts": named, "seed": seed, **fields})
 
 
@@ -115,8 +134,8 @@ def digest_of(concept: str, name: str, seed: int, evaluator: Evaluator) -> str:
     """A name of what a row is measured with, the defaults of the time among it."""
     fields = PATCHES[name]
     recipe = None if fields is None else recipe_of(concept, fields, seed).to_dict()
-    styles = (SHOWN_IN, DRAWN_IN)
-    parts = (load_base("emoji").fingerprint, evaluator.digest, recipe, TARGET_SEEDS, KEPT_SEEDS, SHOWN, DRAWN, styles)
+    seeds = (ASKED // len(beside(concept)), KEPT_SEEDS, SHOWN, DRAWN)
+    parts = (load_base("emoji").fingerprint, evaluator.digest, recipe, *seeds, shown_and_drawn(concept))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -129,7 +148,7 @@ def line_of(row: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/robust"))
-    parser.add_argument("--concept", default="cat", choices=OBJECTS, metavar="OBJECT")
+    parser.add_argument("--concept", default="cat", choices=(*OBJECTS, *STYLES), metavar="NAME")
     parser.add_argument("--patches", nargs="+", default=list(PATCHES), choices=PATCHES, metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of training")
     args = parser.parse_args()
