@@ -2,10 +2,10 @@
 
     python examples/facts.py [--docs docs] > docs/facts.md
 
-Reads what other scripts measured: `benchmark.json` of benchmark.py, `frontier.json` of frontier.py, `stacking.json` of
-stacking.py, and `attacks/*/attacks.json` of attacks.py. More or fewer means that 95 % intervals lie apart, or for rates of the
-same targets that the interval of their differences lies on one side of 0; otherwise a fact is not shown, nor is anything by an
-average of fewer than five targets. What was not measured is said to be so.
+Reads what other scripts measured: `benchmark.json` of benchmark.py, `frontier.json` of frontier.py, `guards.json` of
+guards.py, `stacking.json` of stacking.py, and `attacks/*/attacks.json` of attacks.py. More or fewer means that 95 % intervals
+lie apart, or for rates of the same targets that the interval of their differences lies on one side of 0; otherwise a fact is
+not shown, nor is anything by an average of fewer than five targets. What was not measured is said to be so.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import frontier
+import guards
 import stacking
 from benchmark import more_by
 
@@ -47,8 +48,14 @@ class Measured:
 
     @cached_property
     def frontier(self) -> Sequence[Mapping[str, Any]]:
-        """How often a concept is found by name and by inversion, one patch or guard at a time."""
+        """How often a concept is found by name and by inversion, one patch at a time."""
         return [row for row in self._read("frontier.json") if row["k"] == 1 and row["way"] != "base"]
+
+    @cached_property
+    def guards(self) -> Sequence[Mapping[str, Any]]:
+        """What is seen of concepts behind guards, however they are asked for."""
+        rows: Sequence[Mapping[str, Any]] = self._read("guards.json")
+        return rows
 
     @cached_property
     def stacking(self) -> Sequence[Mapping[str, Any]]:
@@ -164,21 +171,34 @@ def of_an_object(found: Measured) -> Told:
     return every(apart(changes(style, r), changes(thing, r)) for r in ("IRA", "CRA")), said
 
 
-def by_inversion(found: Measured, *, guards: bool) -> Told:
-    """Whether inversion finds each concept more often than its name, over patches or over guards; the figures.
+def behind_patches(found: Measured) -> Told:
+    """F2: of each concept and patch, by words that were trained on the erased model."""
+    rows = found.frontier
+    pairs = {f"{r['way']}, {r['concept']}": [Rate(**r[how]) for how in frontier.HOW] for r in rows}
+    return beyond_names(pairs, of="frontier")
 
-    Of guards, which the attacker knows of: those that were trained through, and negative prompts, where that is not needed.
+
+def behind_guards(found: Measured) -> Told:
+    """F4: of each concept and guard, by words of who knows; negative prompts change nothing that words are trained through."""
+    pairs: dict[str, list[Rate]] = {}
+    for target in dict.fromkeys(row["target"] for row in found.guards):
+        rates = guards.rates_of(found.guards, target)
+        for guard, how in ((guards.NEGATIVE, guards.UNAWARE), *((name, guards.AWARE) for name in guards.THROUGH)):
+            if (guard, how) in rates:
+                pairs[f"{guard}, {target}"] = [rates[guard, guards.NAMED], rates[guard, how]]
+    return beyond_names(pairs, of="guards")
+
+
+def beyond_names(pairs: Mapping[str, Sequence[Rate]], *, of: str) -> Told:
+    """Whether inversion finds each more often than its name does, which is the first of a pair; the figures.
+
+    Raises:
+        NotMeasured: There are none.
     """
-    known = {*frontier.KNOWN, "negative prompt"}
-    rows = [r for r in found.frontier if (r["way"] in known if guards else r["way"] not in frontier.GUARDS)]
-    if not rows:
-        raise NotMeasured("frontier")
-    rates = [[Rate(**row[how]) for how in frontier.HOW] for row in rows]
-    said = [
-        f"{row['way']}, {row['concept']} {100 * name.value:.0f} → {100 * inverted.value:.0f}"
-        for row, (name, inverted) in zip(rows, rates, strict=True)
-    ]
-    return every(more(inverted, name) for name, inverted in rates), "; ".join(said)
+    if not pairs:
+        raise NotMeasured(of)
+    said = [f"{what} {100 * name.value:.0f} → {100 * inverted.value:.0f}" for what, (name, inverted) in pairs.items()]
+    return every(more(inverted, name) for name, inverted in pairs.values()), "; ".join(said)
 
 
 def presets(found: Measured) -> Told:
@@ -278,7 +298,7 @@ FACTS: Sequence[Fact] = (
     Fact(
         "F2: an attack on the weights finds what was erased more often than its name",
         "Zhang et al. 2024, UnlearnDiffAtk, of ESD: 20 → 76, 2 → 32, 4 → 54",
-        partial(by_inversion, guards=False),
+        behind_patches,
     ),
     Fact(
         "F3: SLD erases more from weak to max, and keeps less",
@@ -288,7 +308,7 @@ FACTS: Sequence[Fact] = (
     Fact(
         "F4: inversion beats SLD and negative prompts where it knows of them",
         "Pham et al. 2024",
-        partial(by_inversion, guards=True),
+        behind_guards,
     ),
     Fact(
         "F5: a started picture is completed with the concept, more often than by a base that never saw it",
@@ -315,9 +335,10 @@ together. F2, F4, F5 and F7 are of the single concepts that are named, one attac
 they hold of these if each shows it, F5 at the best of five steps. F6 is of patches of the previous defaults.
 
 What is asked is not what was published. F2 is of our patches and of inversion, not of ESD and UnlearnDiffAtk, and asks for
-more, not for far more. F3 has what is kept in the place of quality. Of F4, SLD was trained through, without the momentum of
-earlier steps, and negative prompts were not. How methods rank is compared with no published table, for these have two of the
-methods here, ESD and UCE.
+more, not for far more. F3 has what is kept in the place of quality. Of F4, SLD and the separate negative prompt were trained
+through, SLD without the momentum of earlier steps; a plain negative prompt takes the place of the empty prompt, which words
+are not trained through. How methods rank is compared with no published table, for these have two of the methods here, ESD and
+UCE.
 """
 
 

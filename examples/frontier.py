@@ -4,10 +4,10 @@
 
 Concept inversion (Pham et al. 2024, arXiv:2308.01508), by `esd_lora.evaluate.attacks`: the attacker holds the erased model
 and 48 pictures of the concept, trains four soft words for 250 steps until that model denoises the pictures with them, and
-then draws four of the prompts that these had, from 16 seeds never used. The unerased base is the ceiling. What is attacked
-is one patch of the concept, or the first eight of `examples/stacking.py`, whose folder, patches and answers this script
-shares; its own are in `frontier.json`. It goes on where it stopped, prints a table and draws `frontier.png`. Intervals are
-of the 64 pictures: how far another attack would come, from another start, is not in them.
+then draws four of the prompts that these had, from 16 seeds never used; those of `guards.py` are others. The unerased base is
+the ceiling. What is attacked is one patch of the concept, or the first eight of `examples/stacking.py`, whose folder, patches
+and answers this script shares; its own are in `frontier.json`. It goes on where it stopped, prints a table and draws
+`frontier.png`. Intervals are of the 64 pictures: how far another attack would come, from another start, is not in them.
 """
 
 from __future__ import annotations
@@ -15,26 +15,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import stacking
-import torch
 from matplotlib.figure import Figure
 from rich.progress import track
-from torch import Tensor
 
-from esd_lora.bases import Base, load_base
+from esd_lora.bases import load_base
 from esd_lora.compose import attach
 from esd_lora.emoji.evaluators import Evaluator, load_evaluator
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, prompt
-from esd_lora.evaluate import attacks
 from esd_lora.evaluate.attacks import BLANK, Drawing, Examples, inversion
-from esd_lora.evaluate.baselines import PRESETS, emoji_filter, negative_prompt, safe_latent, safety_guidance
 from esd_lora.evaluate.rates import Rate, rate
 from esd_lora.evaluate.scores import FIRST_SEED
 from esd_lora.patch import Patch
@@ -43,29 +37,6 @@ from esd_lora.pictures import Pictures, generate
 SHOWN, PROMPTS, SEEDS = 48, 4, 16
 """Pictures that the attacker trains on; prompts that it draws, and seeds of each."""
 
-FILTER = "post-filter"
-"""The guard that holds back pictures which emoji's second evaluator takes for the concept, and leaves the pipeline as it is."""
-
-GUARDS: Mapping[str, Callable[..., AbstractContextManager[None]]] = {
-    "negative prompt": negative_prompt,
-    "SLD strong": partial(safe_latent, guidance="strong"),
-    "SLD max": partial(safe_latent, guidance="max"),
-    "SLD max, trained through": partial(safe_latent, guidance="max"),
-    FILTER: lambda base, concept: nullcontext(),  # noqa: ARG005
-}
-"""What people have instead of a patch, for one concept: base and concept → a context inside which the pipeline has it."""
-
-
-def sld_max(eps_prompt: Tensor, eps_concept: Tensor, eps_null: Tensor) -> Tensor:
-    """What the pipeline has for the first under SLD max, but for the momentum of earlier steps, which training has none of."""
-    none = torch.zeros_like(eps_null)
-    return eps_prompt - safety_guidance(eps_prompt, eps_concept, eps_null, none, guidance=PRESETS["max"])
-
-
-KNOWN: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"SLD max, trained through": sld_max}
-"""Guards that the attacker knows and trains through; of the others it trains on the bare base."""
-
-WAYS = (*stacking.WAYS, *GUARDS)
 HOW = ("by name", "by inversion")
 
 
@@ -84,55 +55,26 @@ def shown(concept: str) -> Pictures:
     )
 
 
-Guard = Callable[[Base], AbstractContextManager[Any]]
-"""Base → a context inside which its pipeline leaves something out."""
-
-
-@dataclass(frozen=True)
-class Guarded(Drawing):
-    """Pictures that are drawn inside the guard."""
-
-    guard: Guard = nullcontext
-
-    def draw(self, base: Base) -> Pictures:
-        """The pictures, by the base as it is, inside the guard."""
-        with self.guard(base):
-            return super().draw(base)
-
-
-def found(
-    concept: str,
-    patches: Sequence[Patch],
-    guard: Guard,
-    evaluator: Evaluator,
-    *,
-    known: attacks.Guard | None = None,
-    passes: Callable[[Pictures], Sequence[bool]] = lambda pictures: [True] * len(pictures),
-) -> dict[str, Rate]:
-    """How often the concept is seen, by name and by inversion, in pictures that pass.
-
-    Patches are active or a guard is in place, which may be known to the attacker.
-    """
+def found(concept: str, patches: Sequence[Patch], evaluator: Evaluator) -> dict[str, Rate]:
+    """How often the concept is seen in pictures of the erased model, by name and by inversion."""
     base = load_base("emoji")
     attach(base, patches)
-    drawing = Guarded(
-        [p for p in asking(concept, BLANK, PROMPTS, first=1) for _ in range(SEEDS)],
-        [FIRST_SEED + 500_000 + i for i in range(SEEDS)] * PROMPTS,
-        guard=guard,
-    )
-    attack = inversion(base, Examples(asking(concept, BLANK, SHOWN), shown(concept)), drawing, guard=known)
+    prompts = [p for p in asking(concept, BLANK, PROMPTS, first=1) for _ in range(SEEDS)]
+    drawing = Drawing(prompts, [FIRST_SEED + 500_000 + i for i in range(SEEDS)] * PROMPTS)
+    attack = inversion(base, Examples(asking(concept, BLANK, SHOWN), shown(concept)), drawing)
     rates = {}
     for how, pictures in zip(HOW, (drawing.asking(concept).draw(base), attack.pictures), strict=True):
         seen = evaluator.judge(pictures)
-        pairs = zip(seen.objects, seen.styles, strict=True)
-        rates[how] = rate([shown and concept in pair for shown, pair in zip(passes(pictures), pairs, strict=True)])
+        rates[how] = rate([concept in pair for pair in zip(seen.objects, seen.styles, strict=True)])
     return rates
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/stacking"))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument(
+        "--ways", nargs="+", choices=stacking.WAYS, default=stacking.WAYS, metavar="WAY", help=", ".join(stacking.WAYS)
+    )
     parser.add_argument("--k", type=int, nargs="+", choices=(1, 8), default=[1, 8])
     parser.add_argument("--concepts", nargs="+", choices=stacking.POOL, default=["cat", "neon"], metavar="NAME")
     args = parser.parse_args()
@@ -144,20 +86,12 @@ def main() -> None:
     with_what = load_base("emoji").fingerprint, evaluator.digest, SHOWN, PROMPTS, SEEDS, eight
     for k, way, concept in track(list(itertools.product(args.k, args.ways, args.concepts))):
         digest = stacking.digest_of(*with_what, k, way, stacking.FIELDS.get(way), concept)
-        if digest in {row["digest"] for row in rows} or (k > 1 and way in GUARDS):
+        if digest in {row["digest"] for row in rows}:
             continue
-        patches: list[Patch] = []
-        guard: Guard = nullcontext
-        words = stacking.named_as(concept)["erase"]
-        if way in GUARDS:
-            guard = partial(GUARDS[way], concept=words)
-        else:
-            erased = [concept] if k == 1 else eight
-            get, together = stacking.ways_of(load_base("emoji"), erased, 0, args.out / "patches")[way]
-            patches = [together(made)] if (made := get()) else []
-        known = attacks.Guard(words, KNOWN[way]) if way in KNOWN else None
-        screen = {"passes": emoji_filter(concept).passes} if way == FILTER else {}
-        rates = found(concept, patches, guard, evaluator, known=known, **screen)
+        erased = [concept] if k == 1 else eight
+        get, together = stacking.ways_of(load_base("emoji"), erased, 0, args.out / "patches")[way]
+        patches = [together(made)] if (made := get()) else []
+        rates = found(concept, patches, evaluator)
         place = {"k": k, "way": way, "concept": concept}
         rows = [row for row in rows if not place.items() <= row.items()]  # one of what has changed since
         rows.append({**place, "digest": digest, **{how: vars(r) for how, r in rates.items()}})
@@ -182,7 +116,7 @@ def table(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate]) -> None:
     heads = [f"{c}, k = {k}, {how}" for c in concepts for k in ks for how in HOW]
     print(f"| put together | kept at k = 8 | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
     known = {(row["way"], row["k"], row["concept"]): row for row in rows}
-    for way in sorted({row["way"] for row in rows}, key=WAYS.index):
+    for way in sorted({row["way"] for row in rows}, key=stacking.WAYS.index):
         cells = [kept[way].interval() if way in kept else ""]
         for concept, k in itertools.product(concepts, ks):
             row = known.get((way, k, concept))
@@ -195,10 +129,10 @@ def plot(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Rate], path: Path
     concepts = list(dict.fromkeys(row["concept"] for row in rows))
     if not concepts:
         return
-    ways = sorted({row["way"] for row in rows}, key=WAYS.index)
+    ways = sorted({row["way"] for row in rows}, key=stacking.WAYS.index)
     figure = Figure(figsize=(4.5 * len(concepts) + 1.5, 4), layout="constrained")
     for axes, concept in zip(figure.subplots(1, len(concepts), squeeze=False)[0], concepts, strict=True):
-        for row in sorted((r for r in rows if r["concept"] == concept), key=lambda r: WAYS.index(r["way"])):
+        for row in sorted((r for r in rows if r["concept"] == concept), key=lambda r: stacking.WAYS.index(r["way"])):
             x, y = kept[row["way"]], Rate(**row["by inversion"])
             errors = [[[r.value - r.low], [r.high - r.value]] for r in (x, y)]
             color = "black" if row["way"] == "base" else f"C{ways.index(row['way'])}"

@@ -42,7 +42,7 @@ from esd_lora.evaluate.baselines import (
     separate_negative,
 )
 from esd_lora.evaluate.rates import Rate, rate
-from esd_lora.evaluate.suite import FIRST_SEED, Erasure, erasure_of
+from esd_lora.evaluate.suite import FIRST_SEED, Budget, Erasure, erasure_of
 from esd_lora.patch import Patch, load_patch, write_file
 from esd_lora.pictures import Pictures
 
@@ -254,13 +254,11 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     heads = ("what keeps it out", NAMED, UNAWARE, AWARE, "at best", *behind)
     for target in dict.fromkeys(row["target"] for row in rows):
         rates = rates_of(rows, target)
-        best = {
-            g: max((rates[g, how] for how in (NAMED, UNAWARE, AWARE) if (g, how) in rates), key=_value)
-            for g, _ in rates
-        }
+        asked = (NAMED, UNAWARE, AWARE)
+        best = {g: max((rates[g, how] for how in asked if (g, how) in rates), key=_value) for g, _ in rates}
         yield from ("", f"## {target}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|")
         for guard in sorted(best, key=[*GUARDS, FILTER, *PATCHES].index):
-            cells = [cell(rates, guard, how) for how in (NAMED, UNAWARE, AWARE)]
+            cells = [cell(rates, guard, how) for how in asked]
             less = [_less(best[guard], best[name]) if name in best and guard not in PATCHES else "" for name in PATCHES]
             yield f"| {' | '.join([guard, *cells, best[guard].interval(), *less])} |"
 
@@ -283,12 +281,11 @@ def _less(guard: Rate, patch: Rate) -> str:
     return guard.beyond(patch).interval()
 
 
-def write(rows: Sequence[Mapping[str, Any]], out: Path, erasure: Erasure) -> None:
-    """Write what was measured, and the tables of it."""
-    stacking.write_rows(out / "guards.json", rows)
-    b = erasure.budget
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The tables of what was measured, in Markdown."""
+    b = Budget()
     head = HEAD.format(pictures=b.pictures, examples=b.examples, fewest=FEWEST, drawn=ROUNDS * b.examples)
-    write_file(out / "guards.md", (head + "\n".join(lines_of(rows)) + "\n").encode())
+    return head + "\n".join(lines_of(rows)) + "\n"
 
 
 def main() -> None:
@@ -296,7 +293,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/guards"))
     targets = [name for name in TRAINED if all(name + suffix in TRAINED for suffix in PATCHES.values())]
     parser.add_argument(
-        "--targets", nargs="+", choices=targets, default=targets, metavar="NAME", help=", ".join(targets)
+        "--targets", nargs="*", choices=targets, default=targets, metavar="NAME", help=", ".join(targets)
     )
     parser.add_argument("--patches", type=Path, help="the folder with attacks.py's; by default one in --out")
     args = parser.parse_args()
@@ -305,13 +302,13 @@ def main() -> None:
     for label in args.targets:
         target = Target.of(label, load_base("emoji"), args.patches or args.out / "patches")
         place = {"target": label, "digest": target.digest}
-        rows = [
-            row for row in rows if row["target"] != label or place.items() <= row.items()
-        ]  # none of what has changed
+        # without what was measured of the target by something else
+        rows = [row for row in rows if row["target"] != label or place.items() <= row.items()]
         for name, run in track([*target.rows()], description=label):
             if name not in {row["trial"] for row in rows if row["target"] == label}:
                 rows += [{**place, "trial": name, **row} for row in run()]
-                write(rows, args.out, target.erasure)
+                stacking.write_rows(path, rows)
+    write_file(args.out / "guards.md", page(rows).encode())
     print(args.out / "guards.md")
 
 

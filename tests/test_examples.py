@@ -33,6 +33,8 @@ from esd_lora.patch import Patch
 from esd_lora.training import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+KNOWING = "by words that know"
+"""How guards.py calls the words of who knows of a guard."""
 
 
 def run(name: str, out: Path) -> str:
@@ -484,7 +486,7 @@ def test_the_benchmark_draws_only_the_strengths_that_a_target_lacks(
 ) -> None:
     benchmark, drawn = script("benchmark"), []
     base = load_base("emoji", device="cpu")
-    bench = benchmark.Bench(base, base, None, tmp_path, 1, None)
+    bench = benchmark.Bench(base, base, None, tmp_path, 1, None, "fp32")
     presets = {("SLD", float(k)) for k in (1, 2, 3, 4)}
     assert bench.lacking("cat", ["sld", "uce"], presets) == ["sld"]
     assert bench.lacking("cat", ["sld"], presets | {("SLD", k) for k in (3.25, 3.5, 3.75)}) == []
@@ -519,15 +521,23 @@ def left(k: int, erased: int, kept: int) -> dict[str, Any]:
     return {"way": "sequential", "weight": 1, "k": k, "run": 0, "answers": answers}
 
 
+def behind(guard: str, inverted: int) -> list[dict[str, Any]]:
+    """A cat by name behind a guard, and by words of an attacker who knows of it."""
+    rows = ({"how": how, "seen": ["cat"] * n + ["dog"] * (64 - n)} for how, n in (("by name", 1), (KNOWING, inverted)))
+    return [{"target": "cat", "guard": guard, **row} for row in rows]
+
+
+def trial(name: str, back: int) -> dict[str, Any]:
+    """An attack or a control that finds so many cats."""
+    return {"name": name, "rows": [{"seen": "cat" if i < back else "dog"} for i in range(50)]}
+
+
 def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[str], Any], tmp_path: Path) -> None:
     def inverted(way: str, found: int, k: int = 1) -> dict[str, Any]:
         shares = (rate([i < n for i in range(64)]) for n in (1, found))
         return {"way": way, "k": k, "concept": "cat"} | dict(
             zip(script("frontier").HOW, map(vars, shares), strict=True)
         )
-
-    def trial(name: str, back: int) -> dict[str, Any]:
-        return {"name": name, "rows": [{"seen": "cat" if i < back else "dog"} for i in range(50)]}
 
     def write(name: str, values: Any) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -539,7 +549,6 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     assert told() == ["not measured"] * 10
     write("stacking.json", [left(1, 50, 50), left(2, 1, 99)])  # nothing to compare two patches with
     assert told() == ["not measured"] * 10
-    (through,) = script("frontier").KNOWN  # of the guards that the attacker has to know of
     rows = [
         counts("ESD-x, fine-tuned", "style", 1.0, UA=98, IRA=80, CRA=93, near=20, far=60),
         counts("ESD-x, fine-tuned", "object", 1.0, UA=92, IRA=55, CRA=44, near=62, far=60),  # styles count as well
@@ -549,10 +558,8 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     again = [{**trial("benign relearning", 20), "controls": [trial("by name", 1)]}]
     evidence = {"target": {"label": "cat"}, "attacks": [*completions, *again]}
     write("benchmark.json", of_targets(5, rows))
-    write(
-        "frontier.json",
-        [inverted("keyed", 50), inverted(through, 50), inverted("base", 1), inverted("keyed", 1, k=8)],
-    )
+    write("frontier.json", [inverted("keyed", 50), inverted("base", 1), inverted("keyed", 1, k=8)])
+    write("guards.json", behind("SLD max", 50))
     write("stacking.json", [left(1, 1, 50), left(2, 1, 99), left(16, 30, 40)])
     write("attacks/cat/attacks.json", evidence)
     assert told() == ["holds"] * 10
@@ -561,15 +568,16 @@ def test_facts_hold_by_what_was_measured_or_are_not_measured(script: Callable[[s
     rows[2]["counts"]["UA"] = [99, 100, 100]
     again[0]["controls"] = [trial("by name", 20)]
     write("benchmark.json", of_targets(5, rows))
-    write("frontier.json", [inverted("keyed", 50), inverted(through, 2)])
+    write("guards.json", behind("SLD max", 2))
     write("stacking.json", [left(2, 1, 99), left(16, 30, 99)])
     write("attacks/cat/attacks.json", evidence)
     yes, no, unclear = "holds", "does not hold", "not shown"
     assert told() == [yes, yes, yes, no, unclear, yes, yes, unclear, unclear, no]
-    write("frontier.json", [inverted("SLD max", 2), inverted("SLD strong", 2), inverted(through, 50)])
-    assert told()[2] == "not measured"
-    assert told()[4] == yes
-    write("frontier.json", [inverted("keyed", 50), inverted(through, 2)])
+    write("guards.json", behind("learned patch", 2))  # which is no guard that F4 is about
+    write("frontier.json", [inverted("base", 50)])
+    assert [told()[i] for i in (2, 4)] == ["not measured"] * 2
+    write("frontier.json", [inverted("keyed", 50)])
+    write("guards.json", behind("SLD max", 2))
     write("stacking.json", [left(2, 30, 99), left(16, 1, 40)])
     again[0]["controls"] = [trial("by name", 45)]
     completions[0]["controls"] = [trial("gold base", 50)]

@@ -19,7 +19,6 @@ import esd_lora
 from esd_lora.cli import RECIPES, app
 from esd_lora.evaluate.answers import read_answers
 from esd_lora.evaluate.page import Evidence, read_evidence, tried
-from esd_lora.evaluate.rates import Rate
 from esd_lora.evaluate.suite import GOLD
 from esd_lora.evaluate.ways import BASELINES
 from esd_lora.recipe import Concept, Recipe
@@ -101,6 +100,7 @@ PAGES = {
     "benchmark.md": "examples/benchmark.py --out docs --against uce",
     "stacking.md": "examples/stacking.py --out docs --ways base --k 16",
     "facts.md": "examples/facts.py > docs/facts.md",
+    "guards.md": "examples/guards.py --out docs --targets",
     "attacks/attacks.md": "examples/attacks.py --out docs/attacks --patches",
 }
 """What is published, and the command that makes it of the data beside it, and measures nothing where all of them are there."""
@@ -116,6 +116,8 @@ def test_a_published_page_is_what_its_script_makes_of_its_data(
         made = (tmp_path / page).read_text()
     elif page == "stacking.md":
         made = module.page(data_of("stacking.json"))
+    elif page == "guards.md":
+        made = module.page(data_of("guards.json"))
     elif page == "facts.md":
         monkeypatch.setattr("sys.argv", ["facts.py", "--docs", str(DOCS)])
         module.main()
@@ -247,24 +249,23 @@ def test_attacks_find_what_was_measured() -> None:
 
 
 GUARDS = {
+    "nothing": "nothing",
     "the negative prompt": "negative prompt",
+    "a separate one, at scale 10": "separate negative prompt",
     "Safe Latent Diffusion, max": "SLD max",
-    "the same, words trained through it": "SLD max, trained through",
     "a post-filter": "post-filter",
-    "a learned patch": "preserved, from directions",
-    "a learned patch, previous defaults": "preserved",
-    "a keyed patch": "keyed",
-    "a keyed patch, `eta: 2`": "keyed, eta 2",
+    "a learned patch": "learned patch",
+    "a keyed patch": "keyed patch",
 }
 """What keeps a concept out, by what the README calls it."""
 
 
-def test_soft_words_find_what_the_frontier_measured() -> None:
+def test_soft_words_find_behind_guards_what_was_measured(script: Script) -> None:
+    guards, rows = script("guards"), data_of("guards.json")
     told, measured = {}, {}
-    found = {(r["way"], r["concept"]): r for r in data_of("frontier.json") if r["k"] == 1}
     for name, *cells, _ in table_under("Harder to defeat than a blacklist or a filter?")[1:]:
-        way = named(name, name, GUARDS)
-        rows = [named(name, (way, concept), found) for concept in ("cat", "neon")]
         told[name] = cells
-        measured[name] = [Rate(**row[how]).interval() for row in rows for how in ("by name", "by inversion")]
+        of_each = [guards.rates_of(rows, target) for target in ("cat", "neon")]
+        hows = (guards.NAMED, guards.UNAWARE, guards.AWARE)
+        measured[name] = [guards.cell(rates, named(name, name, GUARDS), how) for rates in of_each for how in hows]
     assert told == measured
