@@ -1,14 +1,15 @@
 """Is a patch harder to defeat than what people have instead? Soft words against guards of a pipeline, beside patches.
 
-    python examples/guards.py --out runs/guards [--targets cat neon]
+    python examples/guards.py --out runs/guards [--targets cat neon] [--tokens 8 --steps 1000] [--gold RUN]
 
 Concept inversion (Pham et al. 2024, arXiv:2308.01508) with the budget, prompts and seeds of `esd-lora attack`. One attacker
 does not know what keeps the concept out: its words are trained on the bare base, once, and drawn behind every guard. Another
 does, and trains through Safe Latent Diffusion or the separate negative prompt, on those pictures that pass the filter, or on
-the model that has the patch. Controls are words that nobody trained, and words for other things, drawn behind the same guards.
-Patches are trained if they are not in the folder, or come from that of `attacks.py`. What is measured is kept, so that the
-script goes on where it stopped, and told in `guards.json` and `guards.md`. A target takes an hour and a half on one core that
-does not compute in bf16.
+the model that has the patch; with `--gold` also on what `emoji/train_unet.py --without` left, which never knew the concept.
+Controls are words that nobody trained, and words for other things, drawn behind the same guards. `--tokens` and `--steps` are
+the attacker's budget, each of which has a table of its own, and `--only` names what is done with it. Patches are trained if
+they are not in the folder, or come from that of `attacks.py`. What is measured is kept, so that the script goes on where it
+stopped, and told in `guards.json` and `guards.md`. A target takes an hour on one core that does not compute in bf16.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import stacking
 import torch
 from attacks import TRAINED, patch_of
+from benchmark import without
 from rich.progress import track
 from torch import Tensor
 
@@ -46,6 +48,9 @@ from esd_lora.evaluate.suite import FIRST_SEED, Budget, Erasure, erasure_of
 from esd_lora.patch import Patch, load_patch, write_file
 from esd_lora.pictures import Pictures
 
+USUAL = Budget()
+"""What an attacker may do if nobody says more."""
+
 NEGATIVE_SCALE = 10.0
 """Of the separate negative prompt: that which erases most objects of those in the benchmark."""
 
@@ -60,6 +65,9 @@ GUARDS: Mapping[str, Callable[[Base, str], AbstractContextManager[None]]] = {
 
 PATCHES = {"learned patch": "", "keyed patch": "-keyed"}
 """Patches of a target → what their names in attacks.py have behind the target's."""
+
+NEVER = "nothing, never knew it"
+"""A base that never knew the concept, which no guard keeps it out of."""
 
 NAMED, UNAWARE, AWARE = "by name", "by words for the base", "by words that know"
 FLOORS = ("by words at random", "by words for other things")
@@ -120,16 +128,20 @@ class Target:
     passes: Callable[[Pictures], Sequence[bool]]
     guards: Mapping[str, Open]
     patches: Sequence[Patch]
+    gold: Base | None = None
 
     @classmethod
-    def of(cls, label: str, base: Base, patches: Path) -> Target:
+    def of(
+        cls, label: str, base: Base, patches: Path, *, budget: Budget | None = None, gold: Base | None = None
+    ) -> Target:
         """A target of attacks.py, whose patches are trained where they are not in the folder."""
         concept = stacking.named_as(label)["erase"]
         made = {name: load_patch(patch_of(label + suffix, patches)) for name, suffix in PATCHES.items()}
         guards: dict[str, Open] = {name: partial(guard, base, concept) for name, guard in GUARDS.items()}
         guards |= {name: partial(attached, base, [patch], [1.0]) for name, patch in made.items()}
         first = next(iter(made.values()))
-        return cls(erasure_of(base, [first], [1.0]), concept, emoji_filter(label).passes, guards, [*made.values()])
+        erasure = erasure_of(base, [first], [1.0], budget=budget)
+        return cls(erasure, concept, emoji_filter(label).passes, guards, [*made.values()], gold)
 
     @property
     def digest(self) -> str:
@@ -138,12 +150,12 @@ class Target:
         with_what = e.base.fingerprint, e.evaluator.digest, digest(e.answers.asks), list(e.names), asdict(e.budget)
         return stacking.digest_of(*with_what, NEGATIVE_SCALE, [patch.digest for patch in self.patches])
 
-    def inverted(self, examples: Examples, guards: Sequence[Open], **how: Any) -> Attack:
-        """Words trained on the examples, and what they draw behind the guards."""
+    def inverted(self, examples: Examples, guards: Sequence[Open], *, on: Base | None = None, **how: Any) -> Attack:
+        """Words trained on the examples, and what they draw behind the guards; on another base than that which has these."""
         e = self.erasure
         measured = Behind.of(e.drawing("measured", blank=True), guards)
         budget = {"tokens": e.budget.tokens, "training": e.budget.inversion}
-        return attacks.inversion(e.base, examples, measured, **{**budget, **how})
+        return attacks.inversion(on or e.base, examples, measured, **budget, **how)
 
     def examples(self, pictures: Pictures) -> Examples:
         """Pictures, with the prompts that attackers train on."""
@@ -176,6 +188,8 @@ class Target:
         told[FILTER] = self._past_the_filter
         for name in PATCHES:
             told[name] = partial(self._on_the_patched, self.guards[name], examples)
+        if self.gold:
+            told[NEVER] = partial(self.inverted, examples, [nullcontext], on=self.gold, stop=self.looks())
         return told
 
     def _on_the_patched(self, guard: Open, examples: Examples) -> Attack:
@@ -199,7 +213,7 @@ class Target:
         prompts, shown = zip(*found[: len(blank)], strict=True)
         return self.inverted(Examples(list(prompts), list(shown)), [nullcontext])
 
-    def rows(self) -> Iterator[tuple[str, Callable[[], Iterator[dict[str, Any]]]]]:
+    def trials(self) -> Iterator[tuple[str, Callable[[], Iterator[dict[str, Any]]]]]:
         """Names of trials, each with what makes its rows."""
         for how, run in self.everywhere().items():
             yield how, partial(self._seen_everywhere, how, run)
@@ -242,9 +256,12 @@ not only this: [attacks](attacks/attacks.md) has what else brings a concept back
 """
 
 
-def rates_of(rows: Sequence[Mapping[str, Any]], target: str) -> dict[tuple[str, str], Rate]:
+def rates_of(
+    rows: Sequence[Mapping[str, Any]], target: str, *, tokens: int = USUAL.tokens, steps: int = USUAL.inversion.steps
+) -> dict[tuple[str, str], Rate]:
     """Guard and how it is asked → how often the target is seen; without what could not be trained."""
-    own = [row for row in rows if row["target"] == target and row["seen"]]
+    place = {"target": target, "tokens": tokens, "steps": steps}
+    own = [row for row in rows if place.items() <= row.items() and row["seen"]]
     return {(row["guard"], row["how"]): rate([label == target for label in row["seen"]]) for row in own}
 
 
@@ -252,14 +269,23 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A table for each target in Markdown."""
     behind = [f"less behind a {name}" for name in PATCHES]
     heads = ("what keeps it out", NAMED, UNAWARE, AWARE, "at best", *behind)
-    for target in dict.fromkeys(row["target"] for row in rows):
-        rates = rates_of(rows, target)
+    for target, tokens, steps in dict.fromkeys((row["target"], row["tokens"], row["steps"]) for row in rows):
+        rates = rates_of(rows, target, tokens=tokens, steps=steps)
         asked = (NAMED, UNAWARE, AWARE)
         best = {g: max((rates[g, how] for how in asked if (g, how) in rates), key=_value) for g, _ in rates}
-        yield from ("", f"## {target}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|")
-        for guard in sorted(best, key=[*GUARDS, FILTER, *PATCHES].index):
+        yield from (
+            "",
+            f"## {target}, {tokens} words, {steps} steps",
+            "",
+            f"| {' | '.join(heads)} |",
+            "|---" * len(heads) + "|",
+        )
+        for guard in sorted(best, key=[*GUARDS, FILTER, *PATCHES, NEVER].index):
             cells = [cell(rates, guard, how) for how in asked]
-            less = [_less(best[guard], best[name]) if name in best and guard not in PATCHES else "" for name in PATCHES]
+            less = [
+                _less(best[guard], best[name]) if name in best and guard not in (*PATCHES, NEVER) else ""
+                for name in PATCHES
+            ]
             yield f"| {' | '.join([guard, *cells, best[guard].interval(), *less])} |"
 
 
@@ -276,14 +302,9 @@ def _value(share: Rate) -> float:
     return share.value
 
 
-def _less(guard: Rate, patch: Rate) -> str:
-    """How much less is found behind the patch, in points with an interval."""
-    return guard.beyond(patch).interval()
-
-
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
     """The tables of what was measured, in Markdown."""
-    b = Budget()
+    b = USUAL
     head = HEAD.format(pictures=b.pictures, examples=b.examples, fewest=FEWEST, drawn=ROUNDS * b.examples)
     return head + "\n".join(lines_of(rows)) + "\n"
 
@@ -295,17 +316,26 @@ def main() -> None:
     parser.add_argument(
         "--targets", nargs="*", choices=targets, default=targets, metavar="NAME", help=", ".join(targets)
     )
+    names = [NAMED, *FLOORS, UNAWARE, *(f"{AWARE}: {name}" for name in (*THROUGH, FILTER, *PATCHES, NEVER))]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="TRIAL", help=", ".join(names))
+    parser.add_argument("--tokens", type=int, default=USUAL.tokens, help="soft words of an attacker")
+    parser.add_argument("--steps", type=int, default=USUAL.inversion.steps, help="of its training")
+    parser.add_argument("--gold", type=Path, metavar="RUN", help="what train_unet.py --without left")
     parser.add_argument("--patches", type=Path, help="the folder with attacks.py's; by default one in --out")
     args = parser.parse_args()
     path = args.out / "guards.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    budget = replace(USUAL, tokens=args.tokens, inversion=replace(USUAL.inversion, steps=args.steps))
+    gold = load_base(str(args.gold / "pipeline")) if args.gold else None
     for label in args.targets:
-        target = Target.of(label, load_base("emoji"), args.patches or args.out / "patches")
-        place = {"target": label, "digest": target.digest}
+        lacking = gold if args.gold and label in without(args.gold) else None
+        target = Target.of(label, load_base("emoji"), args.patches or args.out / "patches", budget=budget, gold=lacking)
+        of = {"target": label, "tokens": args.tokens, "steps": args.steps}
+        place = {**of, "digest": target.digest}
         # without what was measured of the target by something else
-        rows = [row for row in rows if row["target"] != label or place.items() <= row.items()]
-        for name, run in track([*target.rows()], description=label):
-            if name not in {row["trial"] for row in rows if row["target"] == label}:
+        rows = [row for row in rows if not of.items() <= row.items() or place.items() <= row.items()]
+        for name, run in track([trial for trial in target.trials() if trial[0] in args.only], description=label):
+            if name not in {row["trial"] for row in rows if of.items() <= row.items()}:
                 rows += [{**place, "trial": name, **row} for row in run()]
                 stacking.write_rows(path, rows)
     write_file(args.out / "guards.md", page(rows).encode())
