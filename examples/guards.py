@@ -282,10 +282,8 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
         for guard in sorted(best, key=[*GUARDS, FILTER, *PATCHES, NEVER].index):
             cells = [cell(rates, guard, how) for how in asked]
-            less = [
-                _less(best[guard], best[name]) if name in best and guard not in (*PATCHES, NEVER) else ""
-                for name in PATCHES
-            ]
+            compared = [name if name in best and guard not in (*PATCHES, NEVER) else "" for name in PATCHES]
+            less = [best[guard].beyond(best[name]).interval() if name else "" for name in compared]
             yield f"| {' | '.join([guard, *cells, best[guard].interval(), *less])} |"
 
 
