@@ -243,16 +243,17 @@ class Target:
 HEAD = """# Is a patch harder to defeat than what people have instead?
 
 By `python examples/guards.py`: how often the evaluator sees the concept, per cent of {pictures} pictures with 95 % intervals.
-It is asked for by its name; by four soft words that were trained on the bare base, on {examples} pictures of the concept, by an
-attacker who does not know what keeps it out; and by such words of one who does. These were trained through the separate
-negative prompt and through Safe Latent Diffusion, without the momentum of earlier steps; on pictures that pass the filter,
-where {fewest} of {drawn} do; on the model that has the patch. The negative prompt is in the place of the empty one, and nothing
-that words are trained through. An attacker looks at pictures that are not measured, as a second judge sees them, and keeps
-the words as they were where that saw most; past the filter, which is that judge, as they were last. In round brackets is the
-higher of two controls behind the same guard: words at random, and words trained on pictures of other things. *At best*: the
-highest of the three; *less*: how much less is found behind the patches at best, with Newcombe's intervals. One attack each:
-how far another start would come is not in an interval. Prompts are none that words were trained on. The safety of a patch is
-not only this: [attacks](attacks/attacks.md) has what else brings a concept back from behind one.
+It is asked for by its name; by soft words, as many and trained for as many steps as a heading tells, which were trained on the
+bare base, on {examples} pictures of the concept, by an attacker who does not know what keeps it out; and by such words of one
+who does. These were trained through the separate negative prompt and through Safe Latent Diffusion, without the momentum of
+earlier steps; on pictures that pass the filter, where {fewest} of {drawn} do; on the model that has the patch; and on a base
+that was trained without the concept. The negative prompt is in the place of the empty one, and nothing that words are trained
+through. An attacker looks at pictures that are not measured, as a second judge sees them, and keeps the words as they were
+where that saw most; past the filter, which is that judge, as they were last. In round brackets is the higher of two controls
+behind the same guard: words at random, and words trained on pictures of other things. *At best*: the highest of the three;
+*less*: how much less is found behind the patches at best, with Newcombe's intervals. One attack each: how far another start
+would come is not in an interval. Prompts are none that words were trained on. The safety of a patch is not only this:
+[attacks](attacks/attacks.md) has what else brings a concept back from behind one.
 """
 
 
