@@ -10,7 +10,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,15 @@ from esd_lora.evaluate.comparing import Sampling
 from esd_lora.evaluate.page import make_report, points_of
 from esd_lora.evaluate.rates import rate
 from esd_lora.evaluate.scores import AttributeScores, Scores
-from esd_lora.evaluate.suite import Budget, erasure_of
+from esd_lora.evaluate.suite import Budget
 from esd_lora.patch import Patch
 from esd_lora.training import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 KNOWING = "by words that know"
 """How guards.py calls the words of who knows of a guard."""
+USUALLY = {"target": "cat", "tokens": 4, "steps": 250}
+"""Of a cat, with the budget of an attacker of whom nobody says more."""
 
 
 def run(name: str, out: Path) -> str:
@@ -327,7 +328,7 @@ def test_guards_are_attacked_by_who_knows_of_them_and_who_does_not(
     train(recipe_of(keys="closed-form"), base, out=tmp_path / "keyed")
     budget = Budget(3, 2, 2, inversion=replace(INVERT, steps=1, batch_size=2), sampling=Sampling(steps=2))
     monkeypatch.setattr(guards, "patch_of", lambda *_: tmp_path / "keyed")
-    monkeypatch.setattr(guards, "erasure_of", partial(erasure_of, budget=budget))
+    monkeypatch.setattr(guards, "USUAL", budget)
     monkeypatch.setattr(guards, "ROUNDS", 1)
     monkeypatch.setattr(guards, "FEWEST", 1)
     monkeypatch.setattr("sys.argv", ["guards.py", "--out", str(tmp_path), "--targets", "cat"])
@@ -339,7 +340,7 @@ def test_guards_are_attacked_by_who_knows_of_them_and_who_does_not(
     everywhere = Counter(row["how"] for row in rows if row["how"] != guards.AWARE)
     assert everywhere == dict.fromkeys((guards.NAMED, *guards.FLOORS, guards.UNAWARE), len(guards.GUARDS) + 3)
     assert {len(row["seen"]) for row in rows} == {3}
-    target = guards.Target.of("cat", base, tmp_path)
+    target = guards.Target.of("cat", base, tmp_path, budget=budget)
     named = target.erasure.drawing("measured")
     pictures = guards.Behind.of(named, list(target.guards.values())).draw(base)
     bare, *guarded = ([p.tobytes() for p in pictures[i : i + 3]] for i in range(0, len(pictures), 3))
@@ -354,7 +355,7 @@ def test_what_guards_leave_is_told_beside_patches(script: Callable[[str], Any]) 
     guards = script("guards")
 
     def row(guard: str, how: str, cats: int) -> dict[str, Any]:
-        return {"target": "cat", "guard": guard, "how": how, "seen": ["cat"] * cats + [""] * (50 - cats)}
+        return {**USUALLY, "guard": guard, "how": how, "seen": ["cat"] * cats + [""] * (50 - cats)}
 
     rows = [row("learned patch", guards.NAMED, 2), row("learned patch", guards.AWARE, 10)]
     rows += [row("SLD max", how, 5) for how in (guards.NAMED, *guards.FLOORS)]
@@ -524,7 +525,7 @@ def left(k: int, erased: int, kept: int) -> dict[str, Any]:
 def behind(guard: str, inverted: int) -> list[dict[str, Any]]:
     """A cat by name behind a guard, and by words of an attacker who knows of it."""
     rows = ({"how": how, "seen": ["cat"] * n + ["dog"] * (64 - n)} for how, n in (("by name", 1), (KNOWING, inverted)))
-    return [{"target": "cat", "guard": guard, **row} for row in rows]
+    return [{**USUALLY, "guard": guard, **row} for row in rows]
 
 
 def trial(name: str, back: int) -> dict[str, Any]:
