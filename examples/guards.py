@@ -322,6 +322,10 @@ def main() -> None:
     parser.add_argument("--gold", type=Path, metavar="RUN", help="what train_unet.py --without left")
     parser.add_argument("--patches", type=Path, help="the folder with attacks.py's; by default one in --out")
     args = parser.parse_args()
+    if args.gold and not (args.gold / "training.json").is_file():
+        parser.error(f"--gold: {args.gold} is no finished run of train_unet.py")
+    if min(args.tokens, args.steps) < 1:
+        parser.error("--tokens, --steps: must be at least 1")
     path = args.out / "guards.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     budget = replace(USUAL, tokens=args.tokens, inversion=replace(USUAL.inversion, steps=args.steps))
