@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,13 @@ USUAL = Budget()
 NEGATIVE_SCALE = 10.0
 """Of the separate negative prompt: that which erases most objects of those in the benchmark."""
 
-NOTHING, NEGATIVE, FILTER = "nothing", "negative prompt", "post-filter"
+NOTHING, NEGATIVE, SEPARATE, SLD = "nothing", "negative prompt", "separate negative prompt", "SLD max"
+FILTER = "post-filter"
 GUARDS: Mapping[str, Callable[[Base, str], AbstractContextManager[None]]] = {
     NOTHING: lambda base, concept: nullcontext(),  # noqa: ARG005
     NEGATIVE: negative_prompt,
-    "separate negative prompt": partial(separate_negative, scale=NEGATIVE_SCALE),
-    "SLD max": partial(safe_latent, guidance="max"),
+    SEPARATE: partial(separate_negative, scale=NEGATIVE_SCALE),
+    SLD: partial(safe_latent, guidance="max"),
 }
 """What is drawn behind: base and concept → a context inside which the pipeline has it. A filter screens what nothing keeps."""
 
@@ -90,8 +92,8 @@ def through_negative(eps_prompt: Tensor, eps_concept: Tensor, eps_null: Tensor) 
 
 
 THROUGH: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "separate negative prompt": through_negative,
-    "SLD max": through_sld,
+    SEPARATE: through_negative,
+    SLD: through_sld,
 }
 """Guards that steer predictions, as an attacker has them who trains through."""
 
@@ -179,22 +181,24 @@ class Target:
 
     def knowing(self) -> Mapping[str, Callable[[], Attack | None]]:
         """Guards → what is drawn by words that were trained with them; None where there is nothing to train on."""
-        examples = self.examples(self.erasure.examples)
-        told: dict[str, Callable[[], Attack | None]] = {}
-        for name, steer in THROUGH.items():
-            guard = self.guards[name]
-            how = {"stop": self.looks(guard), "guard": attacks.Guard(self.concept, steer)}
-            told[name] = partial(self.inverted, examples, [guard], **how)
+        told: dict[str, Callable[[], Attack | None]] = {name: partial(self._through, name) for name in THROUGH}
         told[FILTER] = self._past_the_filter
-        for name in PATCHES:
-            told[name] = partial(self._on_the_patched, self.guards[name], examples)
+        told |= {name: partial(self._on_the_patched, self.guards[name]) for name in PATCHES}
         if self.gold:
-            told[NEVER] = partial(self.inverted, examples, [nullcontext], on=self.gold, stop=self.looks())
+            told[NEVER] = partial(self._where_nobody_knew, self.gold)
         return told
 
-    def _on_the_patched(self, guard: Open, examples: Examples) -> Attack:
+    def _through(self, name: str) -> Attack:
+        guard, known = self.guards[name], attacks.Guard(self.concept, THROUGH[name])
+        return self.inverted(self.examples(self.erasure.examples), [guard], stop=self.looks(guard), guard=known)
+
+    def _on_the_patched(self, guard: Open) -> Attack:
+        examples, stop = self.examples(self.erasure.examples), self.looks()  # of the base as it is without
         with guard():
-            return self.inverted(examples, [nullcontext], stop=self.looks())
+            return self.inverted(examples, [nullcontext], stop=stop)
+
+    def _where_nobody_knew(self, gold: Base) -> Attack:
+        return self.inverted(self.examples(self.erasure.examples), [nullcontext], on=gold, stop=self.looks())
 
     def _past_the_filter(self) -> Attack | None:
         """What words draw that were trained on pictures of the concept in which the filter does not see it."""
@@ -257,6 +261,9 @@ would come is not in an interval. Prompts are none that words were trained on. T
 """
 
 
+VALUE = attrgetter("value")
+
+
 def rates_of(
     rows: Sequence[Mapping[str, Any]], target: str, *, tokens: int = USUAL.tokens, steps: int = USUAL.inversion.steps
 ) -> dict[tuple[str, str], Rate]:
@@ -273,7 +280,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for target, tokens, steps in dict.fromkeys((row["target"], row["tokens"], row["steps"]) for row in rows):
         rates = rates_of(rows, target, tokens=tokens, steps=steps)
         asked = (NAMED, UNAWARE, AWARE)
-        best = {g: max((rates[g, how] for how in asked if (g, how) in rates), key=_value) for g, _ in rates}
+        best = {g: max((rates[g, how] for how in asked if (g, how) in rates), key=VALUE) for g, _ in rates}
         yield from (
             "",
             f"## {target}, {tokens} words, {steps} steps",
@@ -293,12 +300,8 @@ def cell(rates: Mapping[tuple[str, str], Rate], guard: str, how: str) -> str:
     if (guard, how) not in rates:
         return ""
     floors = [rates[guard, floor] for floor in FLOORS if (guard, floor) in rates]
-    beside = f" ({100 * max(map(_value, floors)):.1f})" if floors and how != NAMED else ""
+    beside = f" ({100 * max(map(VALUE, floors)):.1f})" if floors and how != NAMED else ""
     return rates[guard, how].interval() + beside
-
-
-def _value(share: Rate) -> float:
-    return share.value
 
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
