@@ -59,8 +59,8 @@ def test_the_shipped_base_is_small_and_needs_nothing_but_diffusers() -> None:
 
 
 def test_the_shipped_base_passes_its_gate(quick: Base, evaluator: Evaluator) -> None:
-    rates = gate(quick, evaluator, seeds=2)
-    assert rates["object"].n == 2 * len(OBJECTS) * len(STYLES)
+    rates = gate(quick, evaluator, seeds=1)
+    assert rates["object"].n == len(OBJECTS) * len(STYLES)
     for name, least in GATE.items():
         assert rates[name].value >= least, f"{name}: {rates[name].short()}"
 
@@ -81,7 +81,7 @@ def test_an_object_is_erased_and_the_others_stay(
     cells = [
         c
         for c in answer_set("clock", target_seeds=4, kept_seeds=1)
-        if c.obj == "clock" or c.style in ("sticker", "neon", "ink")
+        if c.obj == "clock" or c.style in ("sticker", "neon")
     ]
     bare = evaluator.judge(draw(quick, cells))
     found = score("clock", cells, evaluator.judge(draw(quick, cells, [clock[2]])), bare, evaluator)
