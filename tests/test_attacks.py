@@ -253,6 +253,26 @@ def test_completion_of_a_merged_base_takes_the_unerased_denoiser(base: Base, pat
     assert apart(found[1].pictures, completion(base, CATS, k=1).pictures) <= 1
 
 
+@pytest.mark.parametrize("kind", TINY)
+def test_completion_asks_each_base_in_its_own_embeddings(kind: str) -> None:
+    """As a base that was trained without the concept, with a text encoder of its own, goes on from another's pictures."""
+    base, other = tiny(kind), tiny(kind)
+    with torch.no_grad():
+        for part in (p for name, p in other.pipe.components.items() if name.startswith("text_encoder")):
+            for weight in part.parameters():
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    asked = Drawing(["a dog", "cat fur"], [3, 4], steps=STEPS, guidance_scale=SCALE, resolution=32)
+    states, own = (state_of(base), state_of(other)), [asked.draw(base), asked.draw(other)]
+    assert not equal(*own)
+    first, amid, last = (completion(base, asked, k=k, unerased=other).pictures for k in (0, 1, STEPS))
+    assert equal(first, own[0])
+    assert equal(last, own[1])
+    assert not equal(amid, own[0])
+    assert not equal(amid, own[1])
+    assert unchanged(base, states[0])
+    assert unchanged(other, states[1])
+
+
 def test_completion_takes_nothing_along_when_it_fails(base: Base, merged: Base, erased: Base) -> None:
     pictures, own = CATS.draw(erased), merged.denoiser
     broken = replace(CATS, resolution=17)

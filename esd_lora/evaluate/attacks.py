@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from esd_lora.bases.base import Base, Condition
 from esd_lora.compose import attached
 from esd_lora.errors import BaseModelError, PatchError, RecipeError, TrainingError
+from esd_lora.evaluate.baselines import with_condition
 from esd_lora.evaluate.drift import latents_of, noised
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate, step_noise
@@ -374,7 +375,8 @@ def completion(base: Base, drawing: Drawing, *, k: int, unerased: Base | None = 
         drawing: Prompts with the concept.
         k: From 0, the erased model alone, to all steps, the unerased one alone. A step is a call of the scheduler, which
             some schedulers take more often than they are asked to.
-        unerased: The base that the patch was merged into; None where it is attached, to take the adapters off.
+        unerased: The base that the patch was merged into, or that any other base goes on from, which is asked in embeddings
+            of its own text encoder; None where the patch is attached, to take the adapters off.
 
     Raises:
         RecipeError: k is out of bounds, a prompt has its blank still, or the base cannot draw in so many steps.
@@ -394,7 +396,7 @@ def completion(base: Base, drawing: Drawing, *, k: int, unerased: Base | None = 
             "other's pictures"
         )
     denoisers = [base.denoiser] if unerased is None else [base.denoiser, unerased.denoiser]
-    first = base.teacher if unerased is None else partial(_denoised_by, unerased, base)
+    first = partial(_drawn_by, unerased, base)
     with _metered(*denoisers) as meter:
         return meter.attack("completion", _draw_encoded(base, drawing, first=first, k=k), k=k, steps=drawing.steps)
 
@@ -406,13 +408,28 @@ def _speaks(base: Base) -> dict[str, Any]:
 
 
 @contextmanager
-def _denoised_by(other: Base, base: Base) -> Iterator[None]:
-    """Inside, the base's pipeline has the denoiser of the other one."""
+def _drawn_by(other: Base | None, base: Base, prompts: Sequence[str]) -> Iterator[None]:
+    """Inside, the base's pipeline draws these prompts with the denoiser and the embeddings of another one, or bare if None."""
+    if other is None:
+        with base.teacher():
+            yield
+        return
+    prompt, null = (other.encode(words).tensors for words in (prompts, [""] * len(prompts)))
+
+    def asked(name: str, rows: Tensor) -> Tensor:
+        if name not in EMBEDS:
+            return rows
+        return prompt[name] if len(rows) == len(prompts) else torch.cat([null[name], prompt[name]])
+
     own = base.denoiser
+    hook = other.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, with_condition(kwargs, asked)), with_kwargs=True
+    )
     setattr(base.pipe, base.prefix, other.denoiser.to(base.device))
     try:
         yield
     finally:
+        hook.remove()
         setattr(base.pipe, base.prefix, own)
 
 
@@ -421,10 +438,10 @@ def _draw_encoded(
     drawing: Drawing,
     *,
     move: Mapping[str, Tensor] | None = None,
-    first: Callable[[], AbstractContextManager[None]] | None = None,
+    first: Callable[[Sequence[str]], AbstractContextManager[None]] | None = None,
     k: int = 0,
 ) -> Pictures:
-    """The pictures of `Drawing.draw` from embeddings: moved, and with the first k steps inside a context."""
+    """The pictures of `Drawing.draw` from embeddings: moved, and with the first k steps inside a context of the prompts."""
     prompts = _plain(drawing.prompts)
     base.check_steps(drawing.steps, name="steps", resolution=drawing.resolution)
     base.pipe.to(base.device)
@@ -435,7 +452,7 @@ def _draw_encoded(
         embeds = {EMBEDS[n]: v if move is None else v + move[n] for n, v in plain.items() if n in EMBEDS}
         with ExitStack() as early:
             if first and k:
-                early.enter_context(first())
+                early.enter_context(first(prompts[some]))
             out = base.pipe(
                 **embeds,
                 latents=base.packed(base.noise(drawing.seeds[some], resolution=drawing.resolution)),

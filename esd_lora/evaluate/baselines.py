@@ -264,7 +264,7 @@ def negative_prompt(base: Base, concept: str, *, strength: float = 1.0) -> Itera
             null, prompt = rows.chunk(2)
             return torch.cat([null.lerp(words[name].expand_as(null), strength), prompt]) if name in words else rows
 
-        return args, _with_condition(kwargs, negated)
+        return args, with_condition(kwargs, negated)
 
     handle = base.denoiser.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -288,7 +288,7 @@ def _steered(base: Base, concept: str, steer: Callable[[Tensor, Tensor, Tensor],
             return words[name].expand_as(prompt) if name in words else prompt
 
         # `forward` itself, for a call of the network would call the hooks again
-        eps_concept = unet.forward(args[0].chunk(2)[1], *args[1:], **_with_condition(kwargs, asked))[0]
+        eps_concept = unet.forward(args[0].chunk(2)[1], *args[1:], **with_condition(kwargs, asked))[0]
         return (torch.cat([eps_null, steer(eps_prompt, eps_concept, eps_null)]),)
 
     handle = base.denoiser.register_forward_hook(hook, with_kwargs=True)
@@ -316,9 +316,10 @@ def _words(base: Base, concept: str) -> dict[str, Tensor]:
     return {name: told[name] for name in ("encoder_hidden_states", "text_embeds") if name in told}
 
 
-def _with_condition(kwargs: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
-    """A UNet's keyword arguments with another condition: `change` gets the name and the rows of each of its tensors."""
-    changed = {"encoder_hidden_states": change("encoder_hidden_states", kwargs["encoder_hidden_states"])}
+def with_condition(kwargs: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """A denoiser's keyword arguments with another condition: `change` gets the name and the rows of each of its tensors."""
+    words = ("encoder_hidden_states", "pooled_projections")
+    changed = {name: change(name, kwargs[name]) for name in words if name in kwargs}
     if kwargs.get("added_cond_kwargs"):
         added = {name: change(name, rows) for name, rows in kwargs["added_cond_kwargs"].items()}
         return {**kwargs, **changed, "added_cond_kwargs": added}
