@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from esd_lora.evaluate.rates import cluster_bootstrap, mean_of_few, paired, rate
+from esd_lora.evaluate.rates import cluster_bootstrap, mean_of_few, newcombe, paired, rate
 
 DRAWS = 20_000
 TAIL = 5 * math.sqrt(0.025 * 0.975 / DRAWS)
@@ -136,14 +136,40 @@ def test_the_interval_of_a_difference_is_that_of_the_pairs() -> None:
     n, k = 200, 8
     outcomes = [(i / n, math.comb(n, i) * (k / n) ** i * (1 - k / n) ** (n - i)) for i in range(60)]
     assert found.difference == pytest.approx(k / n)
-    assert found.low == cluster_bootstrap([a - b for a, b in zip(hits_a, hits_b, strict=True)], range(n))[0]
-    assert are_quantiles((found.low, found.high), outcomes)  # of independent pictures it would be twice as wide
+    drawn = cluster_bootstrap([a - b for a, b in zip(hits_a, hits_b, strict=True)], range(n))
+    assert are_quantiles(drawn, outcomes)  # of independent pictures it would be twice as wide
+    ends = newcombe(hits_a, hits_b)
+    assert (found.low, found.high) == (min(drawn[0], ends[0]), max(drawn[1], ends[1]))
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
     grouped = paired(hits_a, hits_b, [i // 50 for i in range(n)])
-    assert (grouped.low, grouped.high) == pytest.approx(
-        (k / n, k / n)
-    )  # two in each group of fifty, whichever is drawn
+    # two in each group of fifty, whichever is drawn: the bootstrap is a point
+    assert (grouped.low, grouped.high) == ends
     assert (grouped.p, grouped.difference) == (found.p, found.difference)
+    apart = paired([True] * 100 + [False] * 100, [False] * 200, [i // 100 for i in range(200)])
+    assert (apart.low, apart.high) == (0, 1)  # of two clusters that are opposites, wider than of 200 pictures
+
+
+@pytest.mark.parametrize(
+    ("pairs", "ends"),
+    [((36, 12, 2, 0), (0.0569, 0.3404)), ((20, 12, 2, 16), (0.0562, 0.3292)), ((18, 12, 2, 18), (0.0562, 0.3290))],
+)
+def test_a_difference_of_pairs_has_newcombes_interval(
+    pairs: tuple[int, int, int, int], ends: tuple[float, float]
+) -> None:
+    """His own examples (Statistics in Medicine 17, 1998, 2635-2650, table III, method 10), to the four places printed."""
+    both, first, second, neither = pairs
+    hits_a = [True] * (both + first) + [False] * (second + neither)
+    hits_b = [True] * both + [False] * first + [True] * second + [False] * neither
+    assert newcombe(hits_a, hits_b) == pytest.approx(ends, abs=5e-5)
+    assert [-end for end in newcombe(hits_b, hits_a)] == pytest.approx(ends[::-1], abs=5e-5)
+
+
+@pytest.mark.parametrize("hits", [[True] * 12, [False] * 12])
+def test_a_difference_that_was_never_seen_is_not_known_to_be_none(hits: list[bool]) -> None:
+    """Of twelve pictures that are all alike the other way can differ in a quarter: Wilson's 0 of 12 goes to 24 %."""
+    found = paired(hits, hits)
+    assert (found.difference, found.p) == (0, 1)
+    assert (found.low, found.high) == pytest.approx((-0.2425, 0.2425), abs=1e-4)
 
 
 def test_what_has_no_interval_is_refused() -> None:

@@ -4,6 +4,7 @@
     Rate.beyond          how far it is above that of other pictures               Newcombe's interval
     cluster_bootstrap    a mean over pictures that are alike within a prompt      whole prompts are drawn again
     mean_of_few          a mean over a few targets                                Student's interval
+    newcombe             the difference of two shares of the same pictures        Newcombe's interval
     paired               two ways of drawing the same pictures                    McNemar's test, and their difference
 
 All intervals are of 95 %.
@@ -164,7 +165,7 @@ class Paired:
     """The rate of the first minus that of the second."""
     low: float
     high: float
-    """Its 95 % bootstrap interval."""
+    """Its 95 % interval, the wider of a bootstrap's and Newcombe's at each end."""
     only_first: int
     only_second: int
     """Pictures that are hits of one way alone."""
@@ -181,7 +182,9 @@ def paired(
         p = min(1, 2 · P[X ≤ min(b, c)]),    X ~ Binomial(b + c, ½)
 
     with b and c the pictures that are hits of one way alone: the others say nothing about which is better. The test takes
-    pictures as independent; where those of a prompt are alike, trust the interval.
+    pictures as independent; where those of a prompt are alike, trust the interval. Each of its ends is the bootstrap's over
+    clusters or Newcombe's over pictures, whichever is further away: where hardly any picture differs, or there are few
+    clusters, a bootstrap alone is too narrow, and a point where none does.
 
     Args:
         hits_a, hits_b: Of the same prompts and the same noise, in the same order.
@@ -195,7 +198,32 @@ def paired(
     if not n or n != len(hits_b):
         raise ValueError(f"pairs of {n} and {len(hits_b)} pictures")
     differences = [float(a) - float(b) for a, b in zip(hits_a, hits_b, strict=True)]
-    low, high = cluster_bootstrap(differences, range(n) if clusters is None else clusters, seed=seed)
+    drawn = cluster_bootstrap(differences, range(n) if clusters is None else clusters, seed=seed)
+    ends = drawn, newcombe(hits_a, hits_b)
     b, c = differences.count(1), differences.count(-1)
     tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
     return Paired(sum(differences) / n, low, high, b, c, min(1.0, 2 * tail / 2 ** (b + c)), n)
+
+
+def newcombe(hits_a: Sequence[bool], hits_b: Sequence[bool]) -> tuple[float, float]:
+    """The ends of the 95 % interval of the difference of two shares of the same independent pictures.
+
+        d − √(x² − 2φ x y + y²),    x = p₁ − l₁,  y = u₂ − p₂,    to    d + √(x² − 2φ x y + y²),    x = u₁ − p₁,  y = p₂ − l₂
+
+    with l and u the ends of Wilson's intervals and φ the correlation of the two, its numerator e h − f g (e hits of both, h of
+    none) taken n / 2 nearer to 0 where it is positive (Newcombe 1998, "based on paired data", method 10).
+    """
+    n, k = len(hits_a), (sum(hits_a), sum(hits_b))
+    both = sum(a and b for a, b in zip(hits_a, hits_b, strict=True))
+    along: float = both * (n - sum(k) + both) - (k[0] - both) * (k[1] - both)
+    along = max(along - n / 2, 0) if along > 0 else along
+    spread = math.sqrt(k[0] * k[1] * (n - k[0]) * (n - k[1]))
+    phi = along / spread if spread else 0.0
+    a, b = rate(hits_a), rate(hits_b)
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
+    d = a.value - b.value
+    return d - reach(a.value - a.low, b.high - b.value), d + reach(a.high - a.value, b.value - b.low)
