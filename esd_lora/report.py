@@ -17,7 +17,7 @@ from esd_lora.bases.base import Base
 from esd_lora.compose import attached, check_fits
 from esd_lora.emoji.evaluators import load_evaluator
 from esd_lora.emoji.vocabulary import ACCESSORY, ACCESSORY_FORMS, NEIGHBOURS, OBJECTS, STYLES, WEARERS
-from esd_lora.errors import RecipeError
+from esd_lora.errors import OutputError, RecipeError
 from esd_lora.evaluate.scores import (
     AttributeScores,
     Cell,
@@ -29,7 +29,7 @@ from esd_lora.evaluate.scores import (
     score_attribute,
     whole_grid,
 )
-from esd_lora.patch import FILE_NAME, Patch, write_file
+from esd_lora.patch import FILE_NAME, Patch, load_patch, write_file
 from esd_lora.pictures import Pictures, drawn_by, generate, grid, save_picture
 from esd_lora.recipe import Recipe
 from esd_lora.training import resolve
@@ -108,6 +108,7 @@ def measure_patches(
     Raises:
         PatchError: A patch does not fit the base.
         RecipeError: A patch erases something that the evaluators do not know, or everything that they do.
+        OutputError: A folder has another patch by now.
     """
     jobs: dict[str, list[Job]] = {}
     for folder, patch in patches.items():
@@ -140,6 +141,8 @@ def measure_patches(
 
 def _write_scores(folder: Path, patch: Patch, found: list[dict[str, Any]], grids: Pictures) -> None:
     """Leave the scores of a patch in its file and beside it, with a grid for each concept."""
+    if load_patch(folder).digest != patch.digest:
+        raise OutputError(f"{folder}: has another patch than the one that was measured; its scores are not kept")
     replace(patch, info={**patch.info, "scores": found}).save(folder / FILE_NAME)
     write_file(folder / "scores.json", json.dumps(found, indent=2).encode())
     for i, picture in enumerate(grids, 1):
@@ -182,14 +185,18 @@ def targets_of(patch: Patch) -> list[tuple[str, str | None]]:
     """The canonical names of what a patch erases, and of the wearer where it is the accessory of one.
 
     Raises:
-        RecipeError: The evaluators do not know a concept.
+        RecipeError: The evaluators do not know a concept, or it is an object or a style erased from some prompts alone.
     """
     canonical = {form: name for forms in (OBJECTS, STYLES) for name in forms for form in (name, *forms[name])}
+    names = [canonical.get(concept["erase"].lower().removesuffix(" style")) for concept in patch.concepts]
+    everywhere = {name for name, concept in zip(names, patch.concepts, strict=True) if not concept["from"]}
     found: list[tuple[str, str | None]] = []
-    for concept in patch.concepts:
-        name = canonical.get(concept["erase"].lower().removesuffix(" style"))
+    for name, concept in zip(names, patch.concepts, strict=True):
         wearer = next((w for w in WEARERS if w in (concept["from"] or "").lower().split()), None)
         if name:
+            if name not in everywhere:
+                told = f"erased from {concept['from']!r} alone, and the answers of emoji ask for it everywhere"
+                raise RecipeError(f"{concept['erase']}: {told}")
             found.append((name, None))
         elif concept["erase"].lower() in ACCESSORY_FORMS and wearer:
             found.append((ACCESSORY, wearer))

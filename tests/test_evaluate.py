@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 
 from esd_lora.emoji.evaluators import Judgement
 from esd_lora.emoji.vocabulary import OBJECTS, STYLES, WEARERS
-from esd_lora.errors import RecipeError
+from esd_lora.errors import OutputError, RecipeError
 from esd_lora.evaluate.rates import rate
 from esd_lora.evaluate.scores import accessory_set, answer_set, score, score_attribute, whole_grid
-from esd_lora.patch import Patch
-from esd_lora.report import jobs_of, targets_of
+from esd_lora.patch import FILE_NAME, Patch, load_patch
+from esd_lora.report import _write_scores, jobs_of, targets_of
 
 EVALUATOR: Any = SimpleNamespace(name="hand", digest="0" * 64)
 
@@ -103,6 +104,24 @@ def test_a_patch_that_the_evaluators_do_not_know_is_refused() -> None:
         targets_of(patch_of({"erase": "Van Gogh"}))
     with pytest.raises(RecipeError, match=r"^the patch does not say what it erases$"):
         targets_of(patch_of())
+    with pytest.raises(
+        RecipeError, match=r"^neon style: erased from 'a cat in neon style' alone, and the answers of emoji"
+    ):
+        targets_of(patch_of({"erase": "cat"}, {"erase": "neon style", "from": "a cat in neon style"}))
+
+
+def test_scores_are_kept_with_the_patch_that_was_measured_and_with_no_other(patch: Patch, tmp_path: Path) -> None:
+    """As where the folder is trained anew while the old patch is measured."""
+    other = Patch({k: 2 * v for k, v in patch.tensors.items()}, patch.info)
+    other.save(tmp_path / "cat")
+    with pytest.raises(
+        OutputError, match=rf"^{tmp_path}/cat: has another patch than the one that was measured; its scores"
+    ):
+        _write_scores(tmp_path / "cat", patch, [{"target": "cat"}], [])
+    assert [p.name for p in (tmp_path / "cat").iterdir()] == [FILE_NAME]
+    assert load_patch(tmp_path / "cat").digest == other.digest
+    _write_scores(tmp_path / "cat", other, [{"target": "cat"}], [])
+    assert load_patch(tmp_path / "cat").info["scores"] == [{"target": "cat"}]
 
 
 def test_what_a_patch_erases_as_well_is_not_asked_to_be_kept() -> None:
