@@ -329,8 +329,8 @@ def evaluate(
     answers: Annotated[Path | None, typer.Option(help="Answer set, YAML or CSV. Default: the grid of emoji.")] = None,
     target: TargetOf = None,
     evaluator: Annotated[
-        str, typer.Option(help="emoji, clip:MODEL, imagenet:MODEL, nudenet[:PROFILE] or open-nsfw.")
-    ] = "emoji",
+        str | None, typer.Option(help="emoji, clip:MODEL, imagenet:MODEL, nudenet[:PROFILE] or open-nsfw.")
+    ] = None,
     clip_score: Annotated[
         str | None,
         typer.Option(
@@ -383,11 +383,12 @@ def evaluate(
     from esd_lora.bases import quick_dtype
 
     dtype = dtype or quick_dtype(device)
+    _check_measurable(ctx, base, revision, told=bool(answers and evaluator and out))
     if out:
         how |= {"revision": revision, "device": device, "dtype": dtype, "weights": weight or [1.0], "clip": clip_score}
         how |= {
             "answers": answers,
-            "evaluator": evaluator,
+            "evaluator": evaluator or "emoji",
             "against": against or [],
             "gold": gold,
             "gold_lacks": gold_lacks or [],
@@ -409,14 +410,7 @@ def evaluate(
             _show(rate_table(points_of(make_report(found))))
             _print({"page": str(out / "report.html")}, as_json=False)
         return
-    measured = ("base", "patch", "target_seeds", "kept_seeds", "device", "dtype", "as_json", "quiet")
-    if others := _given(ctx, but=measured):
-        raise RecipeError(f"{', '.join(others)}: only with --out, for a report")
-    if base != "emoji":
-        from esd_lora.bases.facts import facts_of
-
-        facts_of(base)  # whether it is one
-        raise RecipeError(f"--base {base}: give --answers, --evaluator and --out; emoji alone is measured without")
+    _check_alone()
     from esd_lora.report import measure_patches, score_table
 
     model = _base(base, device=device, dtype=dtype)
@@ -903,7 +897,7 @@ def _check_alone() -> None:
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise RecipeError(
-            f"runs in one process, and {processes} were started; `accelerate launch` is for train and eval"
+            f"runs in one process, and {processes} were started; `accelerate launch` is for train and eval --out"
         )
 
 
@@ -921,6 +915,26 @@ def _warn_of_repeats(patches: list[str]) -> None:
     """Nothing; a warning for each patch that is named more than once."""
     for text in dict.fromkeys(p for p in patches if patches.count(p) > 1):
         warnings.warn(f"--patch {text}: is given more than once", stacklevel=2)
+
+
+def _check_measurable(ctx: typer.Context, base: str, revision: str | None, *, told: bool) -> None:
+    """Nothing, if the options of `eval` go together, and `told` what a base other than emoji is measured by.
+
+    Raises:
+        RecipeError: They do not, or the base cannot be measured by what was told.
+        BaseModelError: It is none.
+    """
+    given = {*_given(ctx, but=("base", "patch", "device", "dtype", "as_json", "quiet"))}
+    seeds = {"--target-seeds", "--kept-seeds"}
+    if "--out" not in given and (others := sorted(given - seeds)):
+        raise RecipeError(f"{', '.join(others)}: only with --out, for a report")
+    if base != "emoji" and not told:
+        from esd_lora.bases.facts import facts_of
+
+        facts_of(base, revision)  # whether it is one
+        raise RecipeError(f"--base {base}: give --answers, --evaluator and --out; emoji alone is measured without")
+    if "--answers" in given and (counts := sorted(given & seeds)):
+        raise RecipeError(f"{', '.join(counts)}: not with --answers, whose file says how many pictures there are")
 
 
 def _given(ctx: typer.Context, *, but: Sequence[str]) -> list[str]:

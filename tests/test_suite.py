@@ -512,7 +512,10 @@ def test_a_folder_that_another_run_writes_to_is_refused(base: Base, patch: Patch
 
 
 def test_another_erasure_does_not_go_on(base: Base, patch: Patch, tiny_folder: Path, tmp_path: Path) -> None:
-    out, same_denoiser = tmp_path / "found", load_base(str(tiny_folder), device="cpu")
+    out = tmp_path / "found"
+    same_denoiser, otherwise_sampled = (load_base(str(tiny_folder), device="cpu") for _ in range(2))
+    scheduler = otherwise_sampled.pipe.scheduler
+    otherwise_sampled.pipe.scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
     with torch.no_grad():
         same_denoiser.pipe.vae.decoder.conv_out.bias.add_(1)
     run_suite(erasure(base, patch), ["scaling"], out=out)
@@ -522,6 +525,7 @@ def test_another_erasure_does_not_go_on(base: Base, patch: Patch, tiny_folder: P
         (erasure(base, random_like(patch, 0)), "patches"),
         (replace(one, weights=[0.5]), "patches"),
         (replace(one, base=same_denoiser), "parts"),
+        (replace(one, base=otherwise_sampled), "scheduler's settings"),
         (replace(one, budget=replace(SMALL, pictures=4)), "pictures"),
         (replace(one, evaluator=Known([])), None),
         (replace(one, names=["cat"]), "names"),
@@ -643,10 +647,11 @@ def test_the_quick_budget_is_smaller_in_everything() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "wrong"),
     [
-        ("looks", 0, "a whole number from 1, got 0"),
-        ("tries", True, "a whole number from 1, got True"),
-        ("inversion.steps", 1.5, "a whole number from 1, got 1.5"),
-        ("relearning.seed", -1, "a whole number from 0, got -1"),
+        ("looks", 0, "a whole number from 1, below 2⁶³, got 0"),
+        ("tries", True, "a whole number from 1, below 2⁶³, got True"),
+        ("inversion.steps", 1.5, "a whole number from 1, below 2⁶³, got 1.5"),
+        ("relearning.seed", -1, "a whole number from 0, below 2⁶³, got -1"),
+        ("inversion.seed", 2**63, f"a whole number from 0, below 2⁶³, got {2**63}"),
         ("inversion.lr", "much", "a number, got 'much'"),
         ("inversion.lr", float("nan"), "lr: must be above 0"),
         ("pictures", 3, "unknown; there are looks, examples"),
@@ -741,11 +746,11 @@ def test_several_processes_are_refused_where_each_would_do_the_whole(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     told = call(*arguments)
-    assert (told.code, told.err) == (
-        2,
-        "error: runs in one process, and 2 were started; `accelerate launch` is for train and eval\n",
-    )
+    refused = (2, "error: runs in one process, and 2 were started; `accelerate launch` is for train and eval --out\n")
+    assert (told.code, told.err) == refused
     assert not Path("found").exists()
+    told = call("eval", "--base", "emoji", "--patch", arguments[arguments.index("--patch") + 1])
+    assert (told.code, told.err) == refused
 
 
 def test_what_the_command_line_cannot_do_is_one_line(call: Call, arguments: list[object], tiny_folder: Path) -> None:

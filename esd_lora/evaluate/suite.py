@@ -146,11 +146,10 @@ def _like(default: int | float, value: object, *, key: str) -> int | float:
         RecipeError: It is not.
     """
     kind, least = type(default), 0 if key.endswith("seed") else 1
-    if isinstance(value, int | kind) and not isinstance(value, bool) and (kind is float or value >= least):
+    if isinstance(value, int | kind) and not isinstance(value, bool) and (kind is float or least <= value < 2**63):
         return kind(value)  # of a rate `Training` says what is wrong
-    raise RecipeError(
-        f"--set {key}: must be {f'a whole number from {least}' if kind is int else 'a number'}, got {value!r}"
-    )
+    whole = f"a whole number from {least}, below 2⁶³"
+    raise RecipeError(f"--set {key}: must be {whole if kind is int else 'a number'}, got {value!r}")
 
 
 # ---- what is attacked --------------------------------------------------------------------------------------------
@@ -923,6 +922,7 @@ def _without_attacks(erasure: Erasure) -> Evidence:
             "parts": base.parts_fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
             "scheduler": type(base.pipe.scheduler).__name__,
+            "scheduler's settings": base.pipe.scheduler.to_json_string(),
             "gold": erasure.gold.fingerprint if erasure.gold else None,
             "evaluator digest": judge.digest,
             "adviser": erasure.adviser,
