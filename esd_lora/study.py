@@ -105,7 +105,7 @@ def write_study(
     # of what is asked too, so that answers to another study name no item of this one
     content = [seed, title, ask, pictures, [[q.method, q.prompt] for q in questions]]
     chance = random.Random(hashlib.sha256(json.dumps(content).encode()).hexdigest())
-    ids = [f"{n:08x}" for n in chance.sample(range(16**8), len(questions))]
+    ids = [f"p{n:08x}" for n in chance.sample(range(16**8), len(questions))]  # no spreadsheet takes them for numbers
     references: dict[str, int] = {}
     items = []
     for name, picture, question in zip(ids, pictures, questions, strict=True):

@@ -95,6 +95,7 @@ def test_equal_seeds_write_equal_files_and_others_other_ids(tmp_path: Path) -> N
     assert a == b
     ids = [{item["id"] for item in data_of(p)["items"]} for p in pages.values()]
     assert not ids[0] & ids[2]
+    assert all(i[0].isalpha() for i in ids[0])  # spreadsheets would make numbers of 00000001 and 12e45678
     assert a != c
 
 
