@@ -30,6 +30,7 @@ from esd_lora.evaluate.answers import Answers, Ask, emoji_answers
 from esd_lora.evaluate.comparing import (
     Comparison,
     Sampling,
+    _layers_of,
     compare,
     evaluate_patches,
     judge_of,
@@ -507,6 +508,25 @@ def cats_on(base: Path, patch_folder: Path, *, seeds: int = 8) -> list[object]:
     return [*given, "--evaluator", "emoji", "--device", "cpu", "--dtype", "fp32", "--quiet"]
 
 
+@pytest.mark.parametrize("layers", ["of-a-later-version", ["attn2"], {}])
+def test_controls_of_a_patch_whose_layers_have_no_name_here_are_of_the_usual_ones(
+    layers: object, base: Base, patch: Patch
+) -> None:
+    """As a stranger's header may have them, or a later version's."""
+    other = Patch(patch.tensors, {**patch.info, "recipe": {**patch.info["recipe"], "layers": layers}})
+    assert _layers_of(other, base) == "esd-x"
+    assert _layers_of(patch, base) == patch.info["recipe"]["layers"]
+
+
+def test_a_weight_by_which_no_number_comes_is_one_line(tiny_folder: Path, patch_folder: Path, call: Call) -> None:
+    told = call(*cats_on(tiny_folder, patch_folder), "--weight", "1e30")
+    assert (told.code, told.out) == (2, "")
+    assert told.err == (
+        "error: with cat at 1e+30 the base predicts what is no number; its numbers, or the weight, are too large\n"
+    )
+    assert not Path("report/report.json").exists()
+
+
 @pytest.mark.usefixtures("doubtless")
 def test_the_command_line_filters_by_the_safety_checker_of_the_base_or_of_another_pipeline(
     checked_folder: Path, patch_folder: Path, call: Call
@@ -635,6 +655,14 @@ def test_the_command_line_compares_a_patch_with_the_field(cat_on_emoji: Path, ca
     [
         (["--against", "sld", "--steps", "20"], "--against, --steps: only with --out, for a report"),
         (["--evaluator", "nonsense"], "--evaluator: only with --out, for a report"),
+        (
+            ["--base", "{tiny}", "--answers", "set.yaml", "--out", "report"],  # of emoji's own evaluator nobody spoke
+            "--base {tiny}: give --answers, --evaluator and --out; emoji alone is measured without",
+        ),
+        (
+            ["--answers", "set.yaml", "--target-seeds", "1", "--kept-seeds", "2", "--out", "report"],
+            "--kept-seeds, --target-seeds: not with --answers, whose file says how many pictures there are",
+        ),
         (["--base", "nowhere"], "nowhere: neither `emoji`, nor a folder or file, nor a Hub id"),
         (["--base", "{tiny}"], "--base {tiny}: give --answers, --evaluator and --out; emoji alone is measured without"),
         (

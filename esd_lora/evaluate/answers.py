@@ -519,13 +519,13 @@ def picture_names(
 ) -> list[str]:
     """The file name of each picture of `draw_answers`.
 
-    It follows from the base's fingerprints, precision and scheduler, the patches' digests and weights, prompt, seed,
+    It follows from the base's fingerprints, device, precision and scheduler, the patches' digests and weights, prompt, seed,
     guidance, resolution and steps.
     """
     weights = [1.0] * len(patches) if weights is None else weights
     added = [[patch.digest, float(weight)] for patch, weight in zip(patches, weights, strict=True)]
-    parts = [base.fingerprint, base.parts_fingerprint, str(base.dtype), base.pipe.scheduler.to_json_string()]
-    shared = [*parts, added, steps]
+    parts = [base.fingerprint, base.parts_fingerprint, base.device.type, str(base.dtype)]
+    shared = [*parts, base.pipe.scheduler.to_json_string(), added, steps]
 
     def name(ask: Ask) -> str:
         g = guidance_scale if ask.guidance_scale is None else ask.guidance_scale

@@ -29,7 +29,7 @@ from torch import Tensor
 from esd_lora import processes
 from esd_lora.bases import Base, load_base, pick_device
 from esd_lora.emoji.evaluators import load_evaluator
-from esd_lora.errors import BaseModelError, RecipeError
+from esd_lora.errors import BaseModelError, PatchError, RecipeError
 from esd_lora.evaluate.answers import (
     Answers,
     Ask,
@@ -375,12 +375,18 @@ def ways_of(
     if gold:
         ways.append(gold_way(gold, lacks=gold_lacks))
     first = next(iter(patches.values()))
-    layers: Layers = first.info.get("recipe", {}).get("layers") or "esd-x"
-    ways += control_ways(subject.base, first, layers=layers)
+    ways += control_ways(subject.base, first, layers=_layers_of(first, subject.base))
     names = [BARE.name, *(way.method.name for way in ways)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise RecipeError(f"--patch: {twice[0]} is what a report calls something else; rename the patch's folder")
     return ways
+
+
+def _layers_of(patch: Patch, base: Base) -> Layers:
+    """The layers that a patch's recipe names, or the default where it names none that the base has a name for."""
+    layers = patch.info.get("recipe", {}).get("layers")
+    known = isinstance(layers, str) and layers in base.layers
+    return layers if known else "esd-x"
 
 
 def subject_words(patch: Patch) -> Concept:
@@ -628,6 +634,9 @@ def denoise_gaps(comparison: Comparison, way: Way, before: Mapping[Ask, Image.Im
         for group, asks in _sides(comparison.answers.asks, RULED):
             x_0 = latents_of(base, [before[a] for a in asks])
             gap = denoise_gap(base, setting.patches, [a.prompt for a in asks], x_0, weights=setting.weights)
+            if not torch.stack([gap.asked, gap.empty]).isfinite().all():
+                told = f"with {way.method.name} at {way.default:g} the base predicts what is no number"
+                raise PatchError(f"{told}; its numbers, or the weight, are too large")
             for words, values in (("their prompts", gap.asked), ("the empty prompt", gap.empty)):
                 about = f"denoise gap of {group} pictures, by {words}"
                 low, high = cluster_bootstrap(values.tolist(), [(a.prompt, a.seed) for a in asks])
