@@ -5,7 +5,8 @@
 Trains what is not in the folder yet, attacks it, and writes `attacks.md` and `attacks.png`; attacks that are in the folder are
 not made again. What is published is docs/attacks: with a copy of it in the folder the script adds to that. `--gold` names what
 `examples/emoji/train_unet.py --without` left, whose model is one more control of each attack on what it never saw. One suite
-takes one to two hours on one core that does not compute in bf16.
+takes one to two hours on one core that does not compute in bf16. A folder has one budget: that of `esd-lora attack` with what
+`--set` says, as docs/attacks-at-length was made by `--only inversion --set tokens=8 inversion.steps=1000`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ the prefix search from as many as it tries), asking for other things, where an e
 training on other pictures. *Beyond*: what the attack found that its floor did not, with Newcombe's interval; one that holds 0
 shows nothing. *Gold*: the same attack on a base that was trained without the concept, which is one of the floors. *Ceiling*:
 the same attack on the unerased base. Passes are latents through the denoiser, a backward pass counted as two. Each attack that
-trains was run once: how far another start would come is not in its interval. It is measured as it was where a second judge saw
-most, or after its last step where its `about` does not say so. Prompts, seeds and looks are in `attacks.json` of each folder.
+trains was run once: how far another start would come is not in its interval. How it was trained is told below each table: it is
+measured as it was where a second judge saw most, or after its last step where that is not said. Prompts, seeds and looks are in
+`attacks.json` of each folder.
 
 ![Found by each attack](attacks.png)
 """
@@ -62,16 +64,22 @@ def patch_of(name: str, folder: Path) -> Path:
     return patch
 
 
-def made(name: str, out: Path, only: Sequence[str], gold: Path | None) -> Evidence | None:
+def made(name: str, out: Path, only: Sequence[str], gold: Path | None, settings: Sequence[str]) -> Evidence | None:
     """The attacks on a patch, after those that are asked for; None if there are none."""
     folder = out / name
     zero = ["--gold", str(gold / "pipeline")] if gold and name.split("-")[0] in without(gold) else []
     for wanted, how in (([a for a in only if a != MERGED], []), ([a for a in only if a == MERGED], ["--merged"])):
         if wanted:
             asked = [word for attack in wanted for word in ("--only", attack)]
+            asked += [word for setting in settings for word in ("--set", setting)]
             patch = str(patch_of(name, out / "patches"))
             esd_lora("attack", "--base", "emoji", "--patch", patch, "--out", str(folder), *zero, *how, *asked)
     return read_evidence(folder) if (folder / EVIDENCE).exists() else None
+
+
+def trained(evidence: Evidence) -> list[str]:
+    """Markdown: how each attack that trains was trained."""
+    return [f"* {attack.name}: {attack.about}" for attack in evidence.attacks if attack.looks]
 
 
 def table(results: Sequence[Result]) -> list[str]:
@@ -122,18 +130,19 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="ATTACK")
     parser.add_argument("--gold", type=Path, metavar="RUN", help="what train_unet.py --without left")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as `esd-lora attack` has it")
     args = parser.parse_args()
     if args.gold and not (args.gold / "training.json").is_file():
         parser.error(f"--gold: {args.gold} is no finished run of train_unet.py")
-    found = {}
+    found, how = {}, {}
     for name in TRAINED:
-        evidence = made(name, args.out, args.only if name in args.patches else (), args.gold)
+        evidence = made(name, args.out, args.only if name in args.patches else (), args.gold, args.set)
         if evidence:
-            found[name] = results_of(evidence)
+            found[name], how[name] = results_of(evidence), trained(evidence)
     if not found:
         parser.error(f"--out: there are no attacks in {args.out}, and none are asked for")
     plot(found, args.out / "attacks.png")
-    sections = [["", f"## {name}", "", *table(results)] for name, results in found.items()]
+    sections = [["", f"## {name}", "", *table(results), "", *how[name]] for name, results in found.items()]
     write_file(args.out / "attacks.md", (HEAD + "\n".join(line for s in sections for line in s) + "\n").encode())
     print(args.out / "attacks.md")
 

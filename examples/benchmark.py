@@ -472,19 +472,21 @@ def main() -> None:
             f"--out: {path} has targets that were measured otherwise: {', '.join(others)}; choose another folder"
         )
     for name in args.targets:
-        done = known["targets"].get(name, {}).get("against", ())
+        before = known["targets"].get(name, {})
+        other_gold = gold and before.get("gold") != gold.base.fingerprint
+        done = [b for b in before.get("against", ()) if b != GOLD or not other_gold]
         asked = {*args.against, *([GOLD] if gold and name in gold.lacks else [])}
         have = {(r["method"], r["strength"]) for r in known["rows"] if r["target"] == name}
         lacking = bench.lacking(name, asked & {*done}, have)
         if done and asked <= {*done} and not lacking:
             continue
-        against = [b for b in (*BASELINES, GOLD) if b in {*done, *asked}]
-        whole = not done or bench.methods_of(name).joinpath(f"{next(iter(OURS))}-0").exists()
+        against = [b for b in (*BASELINES, GOLD) if b in {*before.get("against", ()), *asked}]
+        whole = not before or bench.methods_of(name).joinpath(f"{next(iter(OURS))}-0").exists()
         some = [b for b in against if whole or b not in done or b in lacking]
         new = bench.run(name, some, ours=whole, have=have)
         rows = joined(known["rows"], new)
-        made = {**known["targets"].get(name, {}), **bench.setting, "against": against}
-        if gold and GOLD in against and GOLD not in done:
+        made = {**before, **bench.setting, "against": against}
+        if gold and GOLD in asked:
             made["gold"] = gold.base.fingerprint
         known = {"targets": {**known["targets"], name: made}, "rows": rows}
         lines = ",\n".join(map(json.dumps, rows))

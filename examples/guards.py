@@ -224,13 +224,18 @@ class Target:
         for name, attack in self.knowing().items():
             yield f"{AWARE}: {name}", partial(self._seen_knowing, name, attack)
 
+    def place_of(self, name: str) -> dict[str, Any]:
+        """What a trial's rows are told by, beside what all are measured with."""
+        own = {"gold": self.gold.fingerprint} if self.gold and name.endswith(NEVER) else {}
+        return {"trial": name, **own}
+
     def _seen_everywhere(self, how: str, run: Callable[[], Attack]) -> Iterator[dict[str, Any]]:
         attack, n = run(), self.erasure.budget.pictures
         for i, name in enumerate(self.guards):
-            drawn = attack.pictures[n * i : n * (i + 1)]
-            yield {"guard": name, "how": how, "seen": self.seen(drawn)}
+            drawn, looks = attack.pictures[n * i : n * (i + 1)], attack.details.get("looks", [])
+            yield {"guard": name, "how": how, "seen": self.seen(drawn), "looks": looks}
             if name == NOTHING:
-                yield {"guard": FILTER, "how": how, "seen": self.seen(drawn, screened=True)}
+                yield {"guard": FILTER, "how": how, "seen": self.seen(drawn, screened=True), "looks": looks}
 
     def _seen_knowing(self, name: str, run: Callable[[], Attack | None]) -> Iterator[dict[str, Any]]:
         attack = run()
@@ -247,17 +252,18 @@ class Target:
 HEAD = """# Is a patch harder to defeat than what people have instead?
 
 By `python examples/guards.py`: how often the evaluator sees the concept, per cent of {pictures} pictures with 95 % intervals.
-It is asked for by its name; by soft words, as many and trained for as many steps as a heading tells, which were trained on the
-bare base, on {examples} pictures of the concept, by an attacker who does not know what keeps it out; and by such words of one
-who does. These were trained through the separate negative prompt and through Safe Latent Diffusion, without the momentum of
-earlier steps; on pictures that pass the filter, where {fewest} of {drawn} do; on the model that has the patch; and on a base
-that was trained without the concept. The negative prompt is in the place of the empty one, and nothing that words are trained
-through. An attacker looks at pictures that are not measured, as a second judge sees them, and keeps the words as they were
-where that saw most; past the filter, which is that judge, as they were last. In round brackets is the higher of two controls
-behind the same guard: words at random, and words trained on pictures of other things. *At best*: the highest of the three;
-*less*: how much less is found behind the patches at best, with Newcombe's intervals. One attack each: how far another start
-would come is not in an interval. Prompts are none that words were trained on. The safety of a patch is not only this:
-[attacks](attacks/attacks.md) has what else brings a concept back from behind one.
+It is asked for by its name; by soft words, as many and trained for at most as many steps as a heading tells, which were
+trained on the bare base, on {examples} pictures of the concept, by an attacker who does not know what keeps it out; and by
+such words of one who does. These were trained through the separate negative prompt and through Safe Latent Diffusion, without
+the momentum of earlier steps; on pictures that pass the filter, where {fewest} of {drawn} do; on the model that has the patch;
+and on a base that was trained without the concept. The negative prompt is in the place of the empty one, and nothing that
+words are trained through. An attacker looks at pictures that are not measured, as a second judge sees them, stops once that
+sees the concept as often as in the base's own, and keeps the words as they were where it saw most; past the filter, which is
+that judge, as they were last. In round brackets is the higher of two controls behind the same guard: words at random, and
+words trained on pictures of other things. *At best*: the highest of the three; *less*: how much less is found behind the
+patches at best, with Newcombe's intervals. One attack each: how far another start would come is not in an interval. Prompts
+are none that words were trained on. The safety of a patch is not only this: [attacks](attacks/attacks.md) has what else brings
+a concept back from behind one.
 """
 
 
@@ -341,8 +347,10 @@ def main() -> None:
         # without what was measured of the target by something else
         rows = [row for row in rows if not of.items() <= row.items() or place.items() <= row.items()]
         for name, run in track([trial for trial in target.trials() if trial[0] in args.only], description=label):
-            if name not in {row["trial"] for row in rows if of.items() <= row.items()}:
-                rows += [{**place, "trial": name, **row} for row in run()]
+            told = {**place, **target.place_of(name)}
+            if not any(told.items() <= row.items() for row in rows):
+                rows = [row for row in rows if not {**of, "trial": name}.items() <= row.items()]
+                rows += [{**told, **row} for row in run()]
                 stacking.write_rows(path, rows)
     write_file(args.out / "guards.md", page(rows).encode())
     print(args.out / "guards.md")

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -302,7 +303,8 @@ def test_the_page_of_attacks_has_every_patch_that_was_attacked(
     controls = [trial("by name", 1, role="floor"), trial("random words", 2, role="floor")]
     controls.append(trial("unerased base", 10, role="ceiling"))
     evidence = {"base": "emoji", "target": {"kind": "object", "label": "cat"}, "evaluator": "emoji", "patches": []}
-    evidence |= {"schema": 1, "settings": {}, "attacks": [trial("inversion", 6, controls=controls)]}
+    attack = trial("inversion", 6, controls=controls, about="8 soft words", looks=[[0, 0], [2, 1]])
+    evidence |= {"schema": 1, "settings": {}, "attacks": [attack]}
     folder = tmp_path / "cat-keyed"
     folder.mkdir()
     attacks = script("attacks")
@@ -317,6 +319,7 @@ def test_the_page_of_attacks_has_every_patch_that_was_attacked(
     assert [line for line in page.splitlines() if line.startswith("## ")] == ["## cat-keyed"]
     row = "| inversion | 60.0 [31, 83] of 10 | 20.0 [6, 51] | random words | 40.0 [-2, 67] | 100.0 [72, 100] | 10 | 1 |"
     assert row in page.splitlines()
+    assert "* inversion: 8 soft words" in page.splitlines()
 
 
 def test_guards_are_attacked_by_who_knows_of_them_and_who_does_not(
@@ -346,6 +349,10 @@ def test_guards_are_attacked_by_who_knows_of_them_and_who_does_not(
     bare, *guarded = ([p.tobytes() for p in pictures[i : i + 3]] for i in range(0, len(pictures), 3))
     assert bare == [p.tobytes() for p in named.draw(base)]
     assert all(some != bare for some in guarded)
+    assert all(row["looks"] == [] for row in rows if row["how"] in (guards.NAMED, guards.FLOORS[0]))
+    assert all(row["looks"] for row in rows if row["how"] == guards.UNAWARE)
+    never = replace(target, gold=base).place_of(f"{guards.AWARE}: {guards.NEVER}")
+    assert never["gold"] == base.fingerprint  # one gold base's rows are no other's
     monkeypatch.setattr(guards.attacks, "inversion", None)  # is not called again
     guards.main()
     assert json.loads((tmp_path / "guards.json").read_text()) == rows
@@ -480,6 +487,35 @@ def test_the_benchmark_goes_back_to_a_target_for_the_methods_that_it_lacks(
     with pytest.raises(SystemExit, match="2"):  # what was measured otherwise is not written over
         benchmarked("esd-x")
     assert (tmp_path / "benchmark.json").read_text() == before
+
+
+def test_the_benchmark_measures_another_gold_base_anew(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One gold base's counts are no other's, and are kept under its own fingerprint."""
+    benchmark, asked = script("benchmark"), []
+    stubs = {
+        "setting": {"ours": {}},
+        "lacking": lambda *_: [],
+        "run": lambda _, __, against, **___: asked.append(against) or [],
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(benchmark.Bench, name, stub)
+    for name in ("load_base", "EmojiEvaluator", "write_page_of"):
+        monkeypatch.setattr(benchmark, name, lambda *_, **__: None)
+    monkeypatch.setattr("sys.argv", f"b --out {tmp_path} --targets cat dog --against sld --gold {tmp_path}".split())
+    (tmp_path / "training.json").touch()
+    told = {name: {"ours": {}, "against": ["sld"]} for name in ("cat", "dog")}
+    (tmp_path / "benchmark.json").write_text(json.dumps({"targets": told, "rows": []}))
+    for fingerprint, new in (("one", True), ("one", False), ("another", True)):
+        gold = benchmark.Gold(SimpleNamespace(fingerprint=fingerprint), frozenset({"cat"}))
+        monkeypatch.setattr(benchmark.Gold, "of", lambda *_, gold=gold, **__: gold)
+        asked.clear()
+        benchmark.main()
+        assert asked == ([["gold"]] if new else [])
+        told = json.loads((tmp_path / "benchmark.json").read_text())["targets"]
+        assert told["cat"] == {"ours": {}, "against": ["sld", "gold"], "gold": fingerprint}
+        assert told["dog"] == {"ours": {}, "against": ["sld"]}
 
 
 def test_the_benchmark_draws_only_the_strengths_that_a_target_lacks(
