@@ -336,9 +336,9 @@ they hold of these if each shows it, F5 at the best of five steps. F6 is of patc
 
 What is asked is not what was published. F2 is of our patches and of inversion, not of ESD and UnlearnDiffAtk, and asks for
 more, not for far more. F3 has what is kept in the place of quality. Of F4, SLD and the separate negative prompt were trained
-through, SLD without the momentum of earlier steps; a plain negative prompt takes the place of the empty prompt, which words
-are not trained through. How methods rank is compared with no published table, for these have two of the methods here, ESD and
-UCE.
+through, SLD with the momentum that its steps have in the mean; a plain negative prompt takes the place of the empty prompt,
+which words are not trained through. How methods rank is compared with no published table, for these have two of the methods
+here, ESD and UCE.
 """
 
 

@@ -24,6 +24,7 @@ from esd_lora.bases import Base, load_base
 from esd_lora.compose import attach, stack
 from esd_lora.emoji.vocabulary import NEIGHBOURS, OBJECTS, STYLES, prompt
 from esd_lora.evaluate.attacks import INVERT
+from esd_lora.evaluate.baselines import PRESETS, safety_guidance
 from esd_lora.evaluate.comparing import Sampling
 from esd_lora.evaluate.page import make_report, points_of
 from esd_lora.evaluate.rates import rate
@@ -356,6 +357,18 @@ def test_guards_are_attacked_by_who_knows_of_them_and_who_does_not(
     monkeypatch.setattr(guards.attacks, "inversion", None)  # is not called again
     guards.main()
     assert json.loads((tmp_path / "guards.json").read_text()) == rows
+
+
+def test_words_are_trained_through_the_push_that_sld_has_in_the_mean_of_its_steps(script: Callable[[str], Any]) -> None:
+    """Of steps that all lead to the same place, by the pipeline's own recursion in float64."""
+    guards, most = script("guards"), PRESETS["max"]
+    eps = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn, momentum = [], torch.zeros(2, 4, dtype=torch.float64)
+    for _ in range(guards.Drawing.steps):
+        gamma = safety_guidance(*eps, momentum, guidance=most)
+        momentum = most.momentum_beta * momentum + (1 - most.momentum_beta) * gamma
+        drawn.append(eps[0] - gamma)
+    assert torch.allclose(guards.through_sld(*eps), torch.stack(drawn).mean(0), rtol=1e-12, atol=1e-12)
 
 
 def test_what_guards_leave_is_told_beside_patches(script: Callable[[str], Any]) -> None:
