@@ -98,7 +98,7 @@ def table(results: Sequence[Result]) -> list[str]:
 def plot(found: Mapping[str, Sequence[Result]], path: Path) -> None:
     """Draw what each attack found, a column for every patch, beside its floor."""
     attacks = list(dict.fromkeys(r.name for results in found.values() for r in results))
-    figure = Figure(figsize=(3 + 2.2 * len(found), 1 + 0.3 * len(attacks)), layout="constrained")
+    figure = Figure(figsize=(3 + 2.2 * len(found), 1.3 + 0.3 * len(attacks)), layout="constrained")
     for axes, (name, results) in zip(
         figure.subplots(1, len(found), squeeze=False, sharey=True)[0], found.items(), strict=True
     ):
@@ -108,9 +108,9 @@ def plot(found: Mapping[str, Sequence[Result]], path: Path) -> None:
             if r.floor:
                 _dot(axes, r.floor, y + 0.25, color="gray", marker="|", label="floor")
         axes.set(title=name, xlabel="seen in, %", xlim=(-3, 103), yticks=range(len(attacks)), yticklabels=attacks)
+        axes.set_ylim(len(attacks) - 0.4, -0.6)  # from the top
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].invert_yaxis()
     handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)

@@ -102,6 +102,7 @@ PAGES = {
     "facts.md": "examples/facts.py > docs/facts.md",
     "guards.md": "examples/guards.py --out docs --targets",
     "attacks/attacks.md": "examples/attacks.py --out docs/attacks --patches",
+    "attacks-at-length/attacks.md": "examples/attacks.py --out docs/attacks-at-length --patches",
 }
 """What is published, and the command that makes it of the data beside it, and measures nothing where all of them are there."""
 
@@ -123,8 +124,9 @@ def test_a_published_page_is_what_its_script_makes_of_its_data(
         module.main()
         made = capsys.readouterr().out
     else:
-        shutil.copytree(DOCS / "attacks", tmp_path / "attacks", ignore=shutil.ignore_patterns("*.md"))
-        monkeypatch.setattr("sys.argv", ["attacks.py", "--out", str(tmp_path / "attacks"), "--patches"])
+        folder = Path(page).parent
+        shutil.copytree(DOCS / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.md"))
+        monkeypatch.setattr("sys.argv", ["attacks.py", "--out", str(tmp_path / folder), "--patches"])
         module.main()
         made = (tmp_path / page).read_text()
     assert made == (DOCS / page).read_text(), f"docs/{page} is not of its data: python {PAGES[page]}"
@@ -215,8 +217,10 @@ ATTACKS = {
     "turns an attached patch down to 0.5": "scaling to 0.5",
 }
 """Attacks, by what the README calls them."""
+AT_LENGTH = {"trains eight for 1,000 steps": "inversion"}
+"""Those of docs/attacks-at-length."""
 ATTACKED = {"cat": "cat", "neon style": "neon", "keyed cat": "cat-keyed"}
-"""Folders of docs/attacks, by the column of the README; *never knew* is the gold base of the column before."""
+"""Folders of attacks, by the column of the README; *never knew* is the gold base of the column before."""
 
 
 def found_by(name: str, evidence: Evidence, *, gold: bool) -> str:
@@ -238,13 +242,13 @@ def test_attacks_find_what_was_measured() -> None:
     told, measured = {}, {}
     (_, *heads), *lines = table_under("What brings it back")
     columns = [heads[i - 1] if head == "never knew" else head for i, head in enumerate(heads)]
-    evidence = {column: read_evidence(DOCS / "attacks" / named(column, column, ATTACKED)) for column in columns}
     for name, *cells in lines:
-        attack = named(name, name, ATTACKS)
+        attack, folder = named(name, name, ATTACKS | AT_LENGTH), "attacks-at-length" if name in AT_LENGTH else "attacks"
         for head, column, cell in zip(heads, columns, cells, strict=True):
             if cell:
                 told[name, column, head] = cell
-                measured[name, column, head] = found_by(attack, evidence[column], gold=head != column)
+                evidence = read_evidence(DOCS / folder / named(column, column, ATTACKED))
+                measured[name, column, head] = found_by(attack, evidence, gold=head != column)
     assert told == measured
 
 
