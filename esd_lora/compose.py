@@ -32,7 +32,9 @@ def check_fits(patch: Patch, base: Base) -> None:
 
     Raises:
         PatchError: The base is of another architecture: the first layer that is missing or has another shape.
+        BaseModelError: Its projections are fused.
     """
+    base.check_unfused()
     modules = base.denoiser.named_modules(prefix=base.prefix)
     layers = {n.replace(".base_layer", ""): tuple(m.weight.shape) for n, m in modules if isinstance(m, nn.Linear)}
     origin = patch.info.get("base", {})
@@ -85,7 +87,7 @@ def attach(
 
     Raises:
         PatchError: A patch does not fit, or a weight is not a number; the base is left bare.
-        BaseModelError: A pipeline of no known family.
+        BaseModelError: A pipeline of no known family, or one whose projections are fused.
     """
     if isinstance(base, DiffusionPipeline):
         base = base_of(base)

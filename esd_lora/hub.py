@@ -131,10 +131,17 @@ def download(repo: str, revision: str | None = None, *, file: str = FILE_NAME) -
     return path
 
 
+HASH = re.compile(r"[0-9a-f]{64}")
+"""What the cache calls a file of some size: its SHA-256."""
+
+
 def _is_whole(path: Path) -> bool:
-    """Whether a file in the cache has the hash that it is stored under; small files are stored under another kind."""
+    """Whether a file in the cache has the hash that it is stored under; small files are stored under another kind.
+
+    So are all where the cache has no links, as on systems that allow none: these are taken as they are.
+    """
     name = path.resolve().name
-    if not re.fullmatch(r"[0-9a-f]{64}", name):
+    if not HASH.fullmatch(name):
         return True
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == name

@@ -69,9 +69,18 @@ def merge(
     parts = [*before, *for_others(together.info)["stack"]]
     with whole(out) as folder:
         pipe.save_pretrained(folder)
+        _forget_places(folder)
         (folder / RECORD).write_text(json.dumps({"merged": parts}, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(base, parts), encoding="utf-8")
     return out
+
+
+def _forget_places(folder: Path) -> None:
+    """Leave out of a pipeline's configs where its parts were loaded from, which may be a place on this machine."""
+    for path in folder.rglob("*.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -97,7 +106,7 @@ def merged_into(base: Base) -> list[dict[str, Any]]:
         return []
     try:
         parts: list[dict[str, Any]] = PARTS.validate_python(json.loads(path.read_text(encoding="utf-8"))["merged"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BaseModelError(f"{base.name}: its {RECORD} is not what `merge` writes") from error
     return parts
 

@@ -213,8 +213,10 @@ class Recipe(BaseModel):
                 "concepts.from: closed forms move words wherever they stand, which leaves what is to go from one prompt alone; "
                 "use keys: learned, and an objective that is trained"
             )
-        if self.objective == "authors" and self.eta <= 1 and any(not c.anchor for c in self.concepts):
-            raise ValueError(f"eta: must be above 1 with objective authors, where 1 changes nothing, got {self.eta:g}")
+        if self.objective == "authors" and self.eta < 1 and any(not c.anchor for c in self.concepts):
+            raise ValueError(
+                f"eta: must be at least 1 with objective authors, where 0 changes nothing, got {self.eta:g}"
+            )
         alone = all(concept.anchor for concept in self.concepts)
         if self.preserve_beside and (alone or not self.preserve_weight or self.objective == "closed-form"):
             raise ValueError(
@@ -268,7 +270,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: cannot read the recipe: {reason}") from error
     try:
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'cannot be read'}") from error

@@ -22,12 +22,12 @@ from esd_lora.evaluate.page import ATTACKS
 from esd_lora.evaluate.rates import Rate, wilson
 from esd_lora.evaluate.scores import AttributeScores, Scores, draw, score, score_attribute
 from esd_lora.exporting import layers_of
-from esd_lora.hub import REFERENCE, download
+from esd_lora.hub import HASH, REFERENCE, download
 from esd_lora.patch import FILE_NAME, Patch, load_patch
 from esd_lora.report import Job, jobs_of
 
-ROW = re.compile(r"^\|.*\| *[\d.]+ to [\d.]+ *\|.*\|$", re.MULTILINE)
-"""A row of a card's table of scores: one that tells an interval."""
+INTERVAL = re.compile(r"\| *[\d.]+ to [\d.]+ *\|")
+"""What a row of a card's table of scores has, and no other row."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,15 @@ def _download_if_any(repo: str, commit: str, file: str) -> Path | None:
 
 
 def _check_hash(file: Path, *, from_hub: bool) -> Check:
-    """`download` has compared what came from the Hub with the hash there; a local file has nothing to be compared with."""
+    """`download` has compared what came from the Hub with the hash there, where the cache tells it by links to files so named.
+
+    A local file has nothing to be compared with.
+    """
+    name = file.resolve().name
+    if from_hub and not HASH.fullmatch(name):
+        return Check("hash", None, "the hub's cache has no links here, by which it would tell the hash")
     if from_hub:
-        return Check("hash", True, f"SHA-256 as the Hub tells it: {file.resolve().name[:16]} …")
+        return Check("hash", True, f"SHA-256 as the Hub tells it: {name[:16]} …")
     return Check("hash", None, "a local file; nothing to compare it with")
 
 
@@ -173,7 +179,7 @@ def _check_card(patch: Patch, card: Path | None) -> Check:
     try:
         text = card.read_text(encoding="utf-8")
         told = {(r.dataset_name, r.metric_name): r.metric_value for r in ModelCard(text).data.eval_results or []}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return Check("card", False, "cannot be read")
     if patch.digest not in text:
         return Check("card", False, "is about another patch; its SHA-256 is not that of these tensors")
@@ -184,7 +190,8 @@ def _check_card(patch: Patch, card: Path | None) -> Check:
     except PatchError as error:
         return Check("card", False, str(error))
     rows = [row for s in scores for row in rows_of(s)] + (attack_rows(evidence) if evidence else [])
-    if told != own or Counter(ROW.findall(text)) != Counter(rows):
+    shown = [line for line in text.split("\n") if line[:1] == "|" == line[-1:] and INTERVAL.search(line)]
+    if told != own or Counter(shown) != Counter(rows):
         beside = f" and {ATTACKS}" if evidence else ""
         return Check("card", False, f"claims other scores than the patch's own header{beside}")
     return Check("card", True, "names these tensors, and claims what the patch's header does")

@@ -330,6 +330,7 @@ def test_a_pipeline_of_another_kind_is_refused(index: object, message: str, tmp_
     [
         ("model_index.json", b"{", "cannot read model_index.json: not JSON: "),
         ("model_index.json", b"[]", "cannot read model_index.json: not a JSON object"),
+        ("model_index.json", b"[" * 10**5, "cannot read model_index.json: not JSON: "),  # too deep to be read
         ("unet/config.json", b"{", "cannot load the pipeline: "),
         ("unet/config.json", None, "cannot load the pipeline: "),
         ("unet/diffusion_pytorch_model.safetensors", b"cut off", "cannot load the pipeline: "),

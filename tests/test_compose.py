@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import same, weights_of
 from diffusers import DiffusionPipeline
-from tiny import tiny_pipeline
+from tiny import tiny_flux, tiny_pipeline, tiny_sd3, tiny_xl
 from torch import Tensor
 
-from esd_lora.bases import Base
+from esd_lora.bases import Base, base_of
 from esd_lora.bases.stable_diffusion import StableDiffusionBase
 from esd_lora.compose import attach, check_fits, compress, concepts_of, stack
 from esd_lora.errors import BaseModelError, PatchError
+from esd_lora.evaluate.controls import scrambling_patch
 from esd_lora.patch import Patch, load_patch
 from esd_lora.pictures import generate
 
@@ -107,6 +111,20 @@ def test_a_patch_for_layers_that_are_not_there_is_refused(patch: Patch) -> None:
         str(caught.value) == f"the patch that erases cat (made for {made_for}) adapts {name}, which plain does not have"
     )
     assert same(weights_of(base), before)
+
+
+@pytest.mark.parametrize("pipeline", [tiny_pipeline, tiny_xl, tiny_sd3, tiny_flux])
+def test_projections_that_are_fused_are_refused_for_no_adapter_would_act(pipeline: Callable[[], Any]) -> None:
+    """The layers that a patch names are there still, but the pipeline reads copies of them."""
+    base = base_of(pipeline())
+    patch = scrambling_patch(base, "esd-x", 2)
+    base.denoiser.fuse_qkv_projections()
+    told = "its projections are fused, so that no adapter would act; call unfuse_qkv_projections() first"
+    for attempt in (lambda: attach(base.pipe, [patch]), lambda: base.add_adapter(layers="esd-x", rank=2)):
+        with pytest.raises(BaseModelError, match=re.escape(told)):
+            attempt()
+    base.denoiser.unfuse_qkv_projections()
+    assert attach(base.pipe, [patch])
 
 
 def test_a_patch_whose_layers_lack_the_denoisers_name_is_refused(base: Base, patch: Patch) -> None:

@@ -54,6 +54,15 @@ def test_it_is_a_plain_pipeline_without_a_trace_of_peft(base: Base, patch: Patch
     assert f"| cat | 1.0 | `{patch.digest[:16]}` |" in card
 
 
+def test_where_the_base_lies_on_this_machine_is_not_told(
+    base: Base, patch: Patch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    out = merge(base, [patch], out=tmp_path / "merged")
+    texts = {p.name: p.read_text(encoding="utf-8") for p in out.rglob("*") if p.suffix in (".json", ".md")}
+    assert {"model_index.json", "config.json", "esd_lora.json", "README.md"} <= texts.keys()
+    assert not [name for name, text in texts.items() if str(tiny_folder.parent) in text]
+
+
 def test_the_merged_denoiser_is_cast_once_and_the_other_parts_stay(base: Base, patch: Patch, tmp_path: Path) -> None:
     whole = load_base(str(merge(base, [patch], out=tmp_path / "whole")))
     half = load_base(str(merge(base, [patch], out=tmp_path / "half", dtype="fp16")))
@@ -97,7 +106,9 @@ def test_a_base_that_is_not_in_float32_is_refused(tiny_folder: Path, patch: Patc
         merge(load_base(str(tiny_folder), dtype="bf16"), [patch], out=tmp_path / "merged")
 
 
-@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"merged": null}', '{"merged": [{}]}', '{"merged": [7]}'])
+@pytest.mark.parametrize(
+    "record", ["{", "[]", "{}", '{"merged": null}', '{"merged": [{}]}', '{"merged": [7]}', "[" * 10**5]
+)
 def test_a_record_that_is_none_is_named(base: Base, patch: Patch, tmp_path: Path, record: str) -> None:
     once = merge(base, [patch], out=tmp_path / "once")
     (once / "esd_lora.json").write_text(record)

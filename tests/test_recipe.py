@@ -135,8 +135,8 @@ def test_a_recipe_cannot_be_changed() -> None:
             "recipe: keys: closed-form is for cross-attention, which layers esd-u does not adapt",
         ),
         (
-            {"objective": "authors", "eta": 1},
-            "recipe: eta: must be above 1 with objective authors, where 1 changes nothing, got 1",
+            {"objective": "authors", "eta": 0.5},  # 1 is η = 0, which their SDXL trainer has by default
+            "recipe: eta: must be at least 1 with objective authors, where 0 changes nothing, got 0.5",
         ),
         (
             {"objective": "closed-form", "layers": "full"},

@@ -178,10 +178,12 @@ def test_a_card_of_another_patch_and_a_card_that_claims_more_are_named(measured:
         (card.replace(measured.digest, "0" * 64), "is about another patch; its SHA-256 is not that of these tensors"),
         (card.replace("      value: 0.0\n", "      value: 100.0\n"), "claims other scores than the patch's own header"),
         (card.replace("---\n", "---\n- [", 1), "cannot be read"),
+        (card.replace("---\n", f"---\na: {'[' * 3000}{']' * 3000}\n", 1), "cannot be read"),  # too deep
+        (card + "|1 to 1" * 10**5 + "x", None),  # no row of a table, and told in no time
     ):
         assert text != card
         (folder / "README.md").write_text(text)
-        assert wrong(verify(str(folder), device="cpu")) == {"card": found}
+        assert wrong(verify(str(folder), device="cpu")) == ({"card": found} if found else {})
 
 
 @pytest.mark.usefixtures("known")
@@ -237,6 +239,12 @@ def test_a_patch_on_the_hub_is_verified_with_its_card_and_hash(
     assert (checks["hash"].ok, checks["card"].ok) == (True, True)
     assert checks["hash"].found.startswith("SHA-256 as the Hub tells it: ")
     assert hub.asked("GET", FILE_NAME) == 1
+
+
+def test_a_hash_that_the_hubs_cache_does_not_tell_is_not_called_right(patch: Patch, tmp_path: Path) -> None:
+    """As where it has no links, by the names of which it tells them: a file of its own name."""
+    check = verifying._check_hash(patch.save(tmp_path), from_hub=True)
+    assert (check.ok, check.found) == (None, "the hub's cache has no links here, by which it would tell the hash")
 
 
 def test_intervals_that_share_no_value_do_not_hold() -> None:

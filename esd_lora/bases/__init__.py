@@ -223,7 +223,7 @@ def read_json(name: str, file: str, path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BaseModelError(f"{name}: cannot read {file}: {error.strerror or first_line(error)}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BaseModelError(f"{name}: cannot read {file}: not JSON: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise BaseModelError(f"{name}: cannot read {file}: not a JSON object")

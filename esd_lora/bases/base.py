@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -263,13 +264,25 @@ class Base(ABC):
             raise BaseModelError(f"{self.name}: layers {layers} match nothing in the denoiser; {have}")
         return found
 
+    def check_unfused(self) -> None:
+        """Nothing, if the attention layers read the projections that adapters sit on.
+
+        Raises:
+            BaseModelError: `fuse_qkv_projections` has put copies in their place, on which no adapter acts.
+        """
+        if any(map(_is_fused, self.denoiser.modules())):
+            raise BaseModelError(
+                f"{self.name}: its projections are fused, so that no adapter would act; call unfuse_qkv_projections() first"
+            )
+
     def add_adapter(self, *, layers: Layers, rank: int, name: str = "patch") -> None:
         """Put untrained adapters on a preset's layers, in float32; lora_B is zero, so nothing changes yet.
 
         Raises:
-            BaseModelError: The preset matches nothing.
+            BaseModelError: The preset matches nothing, or the projections are fused.
             RecipeError: The rank is above what a layer can use.
         """
+        self.check_unfused()
         modules = dict(self.denoiser.named_modules())
         limit, where = min((min(modules[n].weight.shape), n) for n in self.matched(layers))
         if rank > limit:
@@ -384,6 +397,13 @@ class Base(ABC):
         shape = self.latent_shape(resolution)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(noise).to(self.device, self.dtype)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether an attention layer reads fused copies of its projections."""
+    if isinstance(module, Attention):  # which keeps the copies, and the flag, when it goes back to its own
+        return "Fused" in type(module.processor).__name__
+    return bool(getattr(module, "fused_projections", False))
 
 
 def fingerprint_of(denoiser: nn.Module) -> str:
