@@ -36,7 +36,7 @@ def main() -> None:
         cells = [c for c in answer_set(name) if not others & {c.obj, c.style}]
         scores.append(score(name, cells, *(evaluator.judge(draw(m, cells)) for m in (gold, base)), evaluator))
     Console(width=120).print(score_table({"never shown": scores}))
-    found = {"training": told, "scores": [s.to_dict() for s in scores]}
+    found = {"training": told, "fingerprint": gold.fingerprint, "scores": [s.to_dict() for s in scores]}
     found["gate"] = {k: asdict(r) for k, r in gate(gold, evaluator, seeds=1).items()}
     KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
