@@ -210,9 +210,13 @@ def _where_there_is_room() -> Iterator[None]:
 
 
 def next_command(recipe: Recipe, folder: Path) -> str:
-    """What to do with a trained patch: the command that draws what it erased."""
+    """What to do with a trained patch: the command that draws what it erased, as its recipe does."""
+    from esd_lora.pictures import drawn_by
+
     prompt, pictures = recipe.concepts[0].prompt, str(folder / "pictures")
     words = ["--base", recipe.base, "--patch", str(folder), "--prompt", prompt, "--out", pictures]
+    told = {"revision": recipe.revision, **drawn_by(recipe.to_dict())}
+    words += [word for k, v in told.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
     return shlex.join(["esd-lora", "generate", *words])
 
 

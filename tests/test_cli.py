@@ -405,6 +405,13 @@ def test_the_hint_after_training_is_a_command_that_runs(
     result = call(*words[1:], "-n", 1, "--steps", 1)
     assert (words[0], result.code, (patch_folder / "pictures" / "grid.png").exists()) == ("esd-lora", 0, True)
     shutil.rmtree(patch_folder / "pictures")
+    turbo = recipe_of(guidance_scale=1, trajectory_steps=2, resolution=32)
+    result = call(*shlex.split(cli.next_command(turbo, patch_folder))[1:], "-n", 1)
+    picture = Image.open(patch_folder / "pictures" / "0000.png")
+    assert (result.code, picture.size) == (0, (32, 32))
+    assert "--guidance-scale 1.0 --steps 2" in cli.next_command(turbo, patch_folder)
+    assert "--revision v2" in cli.next_command(recipe.model_copy(update={"revision": "v2"}), patch_folder)
+    shutil.rmtree(patch_folder / "pictures")
 
 
 def test_what_looks_like_an_emoji_code_is_printed_as_it_is(call: Call, patch_folder: Path) -> None:
