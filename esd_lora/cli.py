@@ -333,7 +333,10 @@ def evaluate(
     answers: Annotated[Path | None, typer.Option(help="Answer set, YAML or CSV. Default: the grid of emoji.")] = None,
     target: TargetOf = None,
     evaluator: Annotated[
-        str | None, typer.Option(help="emoji, clip:MODEL, imagenet:MODEL, nudenet[:PROFILE] or open-nsfw.")
+        str | None,
+        typer.Option(
+            help="emoji, clip:MODEL, imagenet:MODEL, nudenet[:PROFILE] or open-nsfw. Default: emoji, of the base emoji."
+        ),
     ] = None,
     clip_score: Annotated[
         str | None,

@@ -326,7 +326,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
             raise RecipeError(f"--set {pair}: write key=value, such as --set rank=8")
         try:
             values[key.strip()] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RecipeError(f"--set {pair}: the value is not YAML") from error
     return values
 

@@ -398,7 +398,8 @@ weigh a seventh to a ninth for objects and a quarter to a third for styles; in U
 
 Ours and UCE preserve what a list of everyday words names, most of the kept objects and styles among them; the authors' ESD and
 LECO preserve nothing, as ours in *nothing preserved*. The rates and steps of ESD and LECO were fitted to this base, on which
-their own erase too little: four times the rate of the authors' code for ESD, ten times that of LECO's. ESD-u has every weight
+ESD-x and LECO erase too little by their own: four times the rate of the authors' code for ESD-x, ten times that of LECO's and
+two fifths of its steps, and for ESD-u twenty times the rate of the paper and a fifth of its steps. ESD-u has every weight
 outside cross-attention, as in the paper; the authors' present code leaves out norms. The presets of Safe Latent Diffusion are
 in units of Stable Diffusion 1's ε: other λ between its last two are tried as well, as are negative prompts of 4 and 10, of
 some targets, which the last table tells; strengths that not all of a method's targets have are in that table alone. Keyed

@@ -124,7 +124,9 @@ def test_projections_that_are_fused_are_refused_for_no_adapter_would_act(pipelin
         with pytest.raises(BaseModelError, match=re.escape(told)):
             attempt()
     base.denoiser.unfuse_qkv_projections()
-    assert attach(base.pipe, [patch])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that of other weights
+        assert attach(base.pipe, [patch])
 
 
 def test_a_patch_whose_layers_lack_the_denoisers_name_is_refused(base: Base, patch: Patch) -> None:

@@ -399,6 +399,10 @@ class Base(ABC):
         return torch.stack(noise).to(self.device, self.dtype)
 
 
+FUSED = re.compile(r"\.to_(qkv|kv|added_qkv)\.")
+"""Fused copies of projections, by their names."""
+
+
 def _is_fused(module: nn.Module) -> bool:
     """Whether an attention layer reads fused copies of its projections."""
     if isinstance(module, Attention):  # which keeps the copies, and the flag, when it goes back to its own
@@ -407,10 +411,13 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def fingerprint_of(denoiser: nn.Module) -> str:
-    """SHA-256 over the attention weights of a denoiser, rounded to float16: equal for float32 and float16 copies."""
+    """SHA-256 over the attention weights of a denoiser, rounded to float16: equal for float32 and float16 copies.
+
+    Copies that `fuse_qkv_projections` made of some, and leaves there, do not count.
+    """
     digest = hashlib.sha256()
     for name, weight in denoiser.named_parameters():
-        if "attn" in name and "lora_" not in name:
+        if "attn" in name and "lora_" not in name and not FUSED.search(name):
             digest.update(name.replace(".base_layer", "").encode())
             digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -395,7 +395,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot read the report: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a report, which is a JSON object")

@@ -18,6 +18,7 @@ and others of its own. What tells an attacker which setting to take and when to 
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -922,7 +923,7 @@ def _without_attacks(erasure: Erasure) -> Evidence:
             "parts": base.parts_fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
             "scheduler": type(base.pipe.scheduler).__name__,
-            "scheduler's settings": base.pipe.scheduler.to_json_string(),
+            "scheduler's settings": _settings_of(base.pipe.scheduler),
             "gold": erasure.gold.fingerprint if erasure.gold else None,
             "evaluator digest": judge.digest,
             "adviser": erasure.adviser,
@@ -931,6 +932,13 @@ def _without_attacks(erasure: Erasure) -> Evidence:
             **asdict(erasure.budget),
         },
     )
+
+
+def _settings_of(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler samples by, as it is read back from JSON; the version of diffusers is no part of it."""
+    own = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    told: dict[str, Any] = json.loads(json.dumps(own, default=str))
+    return told
 
 
 # ---- what it says ------------------------------------------------------------------------------------------------

@@ -363,7 +363,7 @@ ON_EMOJI: Mapping[str, Mapping[str, Any]] = {
     "esd-u": {"steps": 200, "lr": 2e-4},
     "leco": {"iterations": 200, "lr": 1e-3},
 }
-"""What erases as much of the embedded base, on which their own erase too little; see benchmarks/speed.py."""
+"""What erases as much of the embedded base, where ESD-x and LECO erase too little by their own rates (benchmarks/speed.py)."""
 
 TRAINED = (0.5, 1.0, 1.5)
 """Weights of what is trained."""
