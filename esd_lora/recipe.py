@@ -268,15 +268,26 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = "is a folder" if path.is_dir() else unreadable(error)
         raise RecipeError(f"{path}: cannot read the recipe: {reason}") from error
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'cannot be read'}") from error
+    data = parse_yaml(text, source=path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, such as `base: emoji`")
     return data
+
+
+def parse_yaml(text: str, *, source: Path) -> Any:
+    """What the YAML text of a file says.
+
+    Raises:
+        RecipeError: It is not YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"{source}{where}: not YAML: {getattr(error, 'problem', None) or 'cannot be read'}"
+        ) from error
 
 
 def make_recipe(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:

@@ -164,12 +164,12 @@ def _check_hash(file: Path, *, from_hub: bool) -> Check:
 
     A local file has nothing to be compared with.
     """
+    if not from_hub:
+        return Check("hash", None, "a local file; nothing to compare it with")
     name = file.resolve().name
-    if from_hub and not HASH.fullmatch(name):
+    if not HASH.fullmatch(name):
         return Check("hash", None, "the hub's cache has no links here, by which it would tell the hash")
-    if from_hub:
-        return Check("hash", True, f"SHA-256 as the Hub tells it: {name[:16]} …")
-    return Check("hash", None, "a local file; nothing to compare it with")
+    return Check("hash", True, f"SHA-256 as the Hub tells it: {name[:16]} …")
 
 
 def _check_card(patch: Patch, card: Path | None) -> Check:

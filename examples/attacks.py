@@ -134,15 +134,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.gold and not (args.gold / "training.json").is_file():
         parser.error(f"--gold: {args.gold} is no finished run of train_unet.py")
-    found, how = {}, {}
+    found = {}
     for name in TRAINED:
         evidence = made(name, args.out, args.only if name in args.patches else (), args.gold, args.set)
         if evidence:
-            found[name], how[name] = results_of(evidence), trained(evidence)
+            found[name] = evidence
     if not found:
         parser.error(f"--out: there are no attacks in {args.out}, and none are asked for")
-    plot(found, args.out / "attacks.png")
-    sections = [["", f"## {name}", "", *table(results), "", *how[name]] for name, results in found.items()]
+    results = {name: results_of(evidence) for name, evidence in found.items()}
+    plot(results, args.out / "attacks.png")
+    sections = [["", f"## {name}", "", *table(results[name]), "", *trained(e)] for name, e in found.items()]
     write_file(args.out / "attacks.md", (HEAD + "\n".join(line for s in sections for line in s) + "\n").encode())
     print(args.out / "attacks.md")
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from PIL import Image
 from pydantic import (
     AfterValidator,
@@ -43,7 +42,7 @@ from esd_lora.evaluate.page import Group, Target
 from esd_lora.evaluate.scores import answer_set
 from esd_lora.patch import Patch
 from esd_lora.pictures import Pictures, generate, read_picture, save_picture
-from esd_lora.recipe import Words
+from esd_lora.recipe import Words, parse_yaml
 
 T = TypeVar("T")
 
@@ -363,13 +362,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: The file is missing, not YAML, or not a mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot read the answer set: {unreadable(error)}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'cannot be read'}") from error
+    data = parse_yaml(text, source=path)
     if not isinstance(data, dict):
         raise RecipeError(
             f"{path}: an answer set is a mapping with `target` and `prompts`, or a file that ends in .csv"

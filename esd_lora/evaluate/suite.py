@@ -913,6 +913,8 @@ def _without_attacks(erasure: Erasure) -> Evidence:
     """What the evidence of an erasure begins with."""
     base, judge = erasure.base, erasure.evaluator
     pairs = zip(erasure.patches, erasure.weights, strict=True)
+    # without the version of diffusers, which is no setting
+    sampled_by = {k: v for k, v in base.pipe.scheduler.config.items() if not k.startswith("_")}
     return Evidence(
         base=base.name,
         target=erasure.target,
@@ -923,7 +925,7 @@ def _without_attacks(erasure: Erasure) -> Evidence:
             "parts": base.parts_fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
             "scheduler": type(base.pipe.scheduler).__name__,
-            "scheduler's settings": _settings_of(base.pipe.scheduler),
+            "scheduler's settings": json.dumps(sampled_by, default=str, sort_keys=True),
             "gold": erasure.gold.fingerprint if erasure.gold else None,
             "evaluator digest": judge.digest,
             "adviser": erasure.adviser,
@@ -932,13 +934,6 @@ def _without_attacks(erasure: Erasure) -> Evidence:
             **asdict(erasure.budget),
         },
     )
-
-
-def _settings_of(scheduler: Any) -> dict[str, Any]:
-    """What a scheduler samples by, as it is read back from JSON; the version of diffusers is no part of it."""
-    own = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-    told: dict[str, Any] = json.loads(json.dumps(own, default=str))
-    return told
 
 
 # ---- what it says ------------------------------------------------------------------------------------------------
