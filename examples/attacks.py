@@ -21,11 +21,14 @@ from demo import esd_lora
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from esd_lora.errors import RecipeError
+from esd_lora.evaluate.comparing import Sampling
 from esd_lora.evaluate.page import ATTACKS as EVIDENCE
 from esd_lora.evaluate.page import Evidence, read_evidence
 from esd_lora.evaluate.rates import Rate
-from esd_lora.evaluate.suite import ATTACKS, Result, results_of
+from esd_lora.evaluate.suite import ATTACKS, Result, budget_of, results_of
 from esd_lora.patch import FILE_NAME, write_file
+from esd_lora.recipe import parse_overrides
 
 TRAINED: Mapping[str, Sequence[str]] = {
     "cat": ["emoji/cat"],
@@ -134,6 +137,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.gold and not (args.gold / "training.json").is_file():
         parser.error(f"--gold: {args.gold} is no finished run of train_unet.py")
+    try:  # before a patch is trained
+        budget_of(None, quick=False, sampling=Sampling(), batch_size=1, numbers=parse_overrides(args.set))
+    except RecipeError as error:
+        parser.error(str(error))
     found = {}
     for name in TRAINED:
         evidence = made(name, args.out, args.only if name in args.patches else (), args.gold, args.set)

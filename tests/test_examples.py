@@ -314,6 +314,11 @@ def test_the_page_of_attacks_has_every_patch_that_was_attacked(
         attacks.main()
     assert caught.value.code == 2
     (folder / "attacks.json").write_text(json.dumps(evidence))
+    with monkeypatch.context() as wrong:
+        wrong.setattr("sys.argv", ["attacks.py", "--out", str(tmp_path / "other"), "--set", "tokens=none"])
+        with pytest.raises(SystemExit, match="2"):  # before anything is trained
+            attacks.main()
+    assert not (tmp_path / "other").exists()
     attacks.main()
     assert (tmp_path / "attacks.png").stat().st_size
     page = (tmp_path / "attacks.md").read_text()
